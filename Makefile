@@ -1,0 +1,73 @@
+# Every target sets itself up: a fresh clone and Python 3.11+ are enough for `make demo`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# The QEMU programs that the tests compare with, and the Debian packages that bring them.
+QEMU_TOOLS := qemu-img qemu-io qemu-nbd qemu-storage-daemon nbdinfo
+QEMU_PACKAGES := qemu-utils qemu-system-common libnbd-bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev tools demo check test bench fuzz docs clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
+		do printf '  make %-7s %s\n' "$$name" "$$text"; done
+
+setup: $(VENV)/.installed ## create .venv and install qcow2bm as .venv/bin/qcow2bm
+
+demo: setup ## merge five daily bitmaps of a sample image (needs no QEMU)
+	@sh demo/demo.sh
+
+check: dev ## lint, format and types: ruff and mypy strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: tools dev ## the whole test suite, against the installed QEMU, with branch coverage
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term
+
+bench: dev ## measure against qemu-img and rewrite docs/performance.md
+	$(BIN)/python -m benchmarks
+
+fuzz: tools dev ## the property tests with many more, random examples
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
+
+docs: dev ## regenerate the generated pages of docs/
+	$(BIN)/python docs/generate.py
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) .demo .bench build dist .coverage .coverage.* htmlcov
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up: one editable install, made again when pyproject.toml changes ----
+
+dev: $(VENV)/.developer
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing qcow2bm into $(VENV)"
+	@$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.developer: $(VENV)/.installed
+	@echo "Installing the developer tools into $(VENV)"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+# Debian packs the module that makes environments apart from Python itself; a half-made .venv must not stay behind.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "qcow2bm needs Python 3.11 or newer as $(PYTHON) (or: make PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "This Python cannot make virtual environments. On Debian and Ubuntu, install the missing part:" >&2; \
+		echo "    sudo apt-get install -y python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# The tests compare with the real QEMU. A missing program fails them: a skipped comparison would look like a passed one.
+tools:
+	@missing=; for tool in $(QEMU_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+		[ -z "$$missing" ] || { echo "Missing:$$missing. On Debian and Ubuntu, install them by:" >&2; \
+		echo "    sudo apt-get install -y --no-install-recommends $(QEMU_PACKAGES)" >&2; exit 1; }

@@ -1,0 +1,333 @@
+"""Editing the bitmaps of one image: any number of edits, one plan, all or nothing.
+
+An `Edit` is a draft of the bitmaps as they shall be. Edits change the draft in the order they are asked for and
+refuse what QEMU would refuse; nothing is written. `Edit.plan` compares the draft with what is stored and says what
+to write: only chunks that differ, into free clusters, beside tables and directory of their own; what is stored
+stays valid until the header points elsewhere.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import (
+    BitmapExistsError,
+    BitmapInconsistentError,
+    BitmapLimitError,
+    BitmapNotFoundError,
+    BitmapSizeMismatchError,
+    UnsupportedImageError,
+    UsageError,
+)
+from ..format.bitmap_directory import BitmapFlag
+from ..format.geometry import div_up, is_power_of_two
+from ..format.limits import (
+    MAX_BITMAP_BYTES,
+    MAX_BITMAP_NAME,
+    MAX_BITMAPS,
+    MAX_GRANULARITY_BITS,
+    MIN_GRANULARITY_BITS,
+)
+from ..image.image import Qcow2Image
+from ..image.plan import Plan
+from .bits import ONES, ZEROES, BitVector
+from .store import BitmapDirectory, State, StoredBitmap, decode_name, encode_name, require_ready
+from .write import plan_changes
+
+
+@dataclass(slots=True)
+class Draft:
+    """A bitmap as it shall be.
+
+    Attributes:
+        bits: its bits once an edit has asked for them; None as long as the stored ones stay as they are.
+        stored: the bitmap on disk it comes from; None for a new one.
+    """
+
+    name: bytes
+    granularity_bits: int
+    flags: BitmapFlag
+    bits: BitVector | None = None
+    stored: StoredBitmap | None = None
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes one bit stands for."""
+        return 1 << self.granularity_bits
+
+    def require_ready(self) -> None:
+        """Raise BitmapInconsistentError or BitmapBrokenError unless the bitmap may be used."""
+        if self.stored is not None:
+            require_ready(self.stored)
+
+    def current_bits(self) -> BitVector:
+        """The bits as the draft has them; raises as `require_ready`."""
+        self.require_ready()
+        if self.bits is None:
+            assert self.stored is not None, "a new draft has bits from the start"
+            return self.stored.bits
+        return self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Bits to merge or copy from: a bitmap of this or of another image. Sizes in bytes."""
+
+    label: str
+    virtual_size: int
+    granularity: int
+    bits: BitVector
+    recording: bool = True
+
+    @classmethod
+    def stored(cls, image: Qcow2Image, name: str) -> Source:
+        """A bitmap of an open image, which must stay open until the plan is carried out.
+
+        Raises:
+            BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: it cannot be read.
+        """
+        bitmap = BitmapDirectory(image).find(name)
+        return cls(
+            f"{image.file.path}#{name}",
+            image.geometry.virtual_size,
+            bitmap.granularity,
+            bitmap.readable_bits(),
+            bitmap.recording,
+        )
+
+
+@dataclass
+class Edit:
+    """A draft of an image's bitmaps. Names are text; offsets, lengths and granularities are bytes."""
+
+    image: Qcow2Image
+    directory: BitmapDirectory
+    drafts: list[Draft] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, image: Qcow2Image) -> Edit:
+        """Start from what is stored.
+
+        Raises:
+            UnsupportedImageError: a version 2 image, which cannot hold bitmaps.
+            BitmapBrokenError: the directory as a whole is damaged.
+        """
+        if image.header.version < 3:
+            raise UnsupportedImageError(
+                "a version 2 image cannot hold bitmaps", hint="`qemu-img amend -o compat=1.1` makes it version 3"
+            )
+        directory = BitmapDirectory(image)
+        directory.require_undamaged()
+        drafts = [
+            Draft(stored.entry.name, stored.entry.granularity_bits, stored.entry.flags, stored=stored)
+            for stored in directory.bitmaps
+        ]
+        return cls(image, directory, drafts)
+
+    def names(self, *patterns: str) -> list[str]:
+        """The names that match any of the shell-style patterns, in directory order.
+
+        Raises:
+            BitmapNotFoundError: a pattern matches none.
+        """
+        names = [decode_name(draft.name) for draft in self.drafts]
+        chosen: set[str] = set()
+        for pattern in patterns:
+            matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            if not matching:
+                raise BitmapNotFoundError(f"no bitmap matches '{pattern}'")
+            chosen.update(matching)
+        return [name for name in names if name in chosen]
+
+    # Edits
+
+    def add(
+        self, name: str, *, granularity: int | None = None, recording: bool = True, all_dirty: bool = False
+    ) -> None:
+        """A new bitmap, empty or all dirty, with QEMU's default granularity.
+
+        Raises:
+            UsageError: the name or the granularity is none that QEMU takes.
+            BitmapExistsError, BitmapLimitError: the image cannot take it.
+        """
+        geometry = self.image.geometry
+        chosen = geometry.default_granularity if granularity is None else granularity
+        self._require_new(name, chosen)
+        bits = BitVector.filled(geometry.bitmap_bits(chosen), geometry.cluster_size, ONES if all_dirty else ZEROES)
+        self._append(name, chosen, bits, recording=recording)
+        self._note(
+            f"add '{name}', granularity {chosen}, {'recording' if recording else 'disabled'}{', all dirty' * all_dirty}"
+        )
+
+    def remove(self, *names: str) -> None:
+        """Remove bitmaps, whatever their state unless a running VM uses them.
+
+        Raises BitmapNotFoundError for one that is not there.
+        """
+        for name in names:
+            draft = self._find(name)
+            if draft.stored is not None and draft.stored.state is State.ACTIVE:
+                draft.require_ready()
+            self.drafts.remove(draft)
+            self._note(f"remove '{name}'")
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a bitmap another name; raises as `add` does for the new one."""
+        draft = self._usable(old)
+        self._require_new(new, draft.granularity)
+        draft.name = encode_name(new)
+        self._note(f"rename '{old}' to '{new}'")
+
+    def clear(self, *names: str) -> None:
+        """Set all bits to zero."""
+        for name in names:
+            draft = self._usable(name)
+            bits = draft.current_bits()
+            draft.bits = BitVector.filled(bits.length, bits.chunk_bytes)
+            self._note(f"clear '{name}'")
+
+    def enable(self, *names: str) -> None:
+        """Make QEMU record writes in the bitmaps."""
+        self._set_recording(names, recording=True)
+
+    def disable(self, *names: str) -> None:
+        """Make QEMU leave the bitmaps as they are."""
+        self._set_recording(names, recording=False)
+
+    def _set_recording(self, names: Iterable[str], *, recording: bool) -> None:
+        for name in names:
+            draft = self._usable(name)
+            draft.flags = draft.flags | BitmapFlag.AUTO if recording else draft.flags & ~BitmapFlag.AUTO
+            self._note(f"{'enable' if recording else 'disable'} '{name}'")
+
+    def set_range(self, name: str, offset: int, length: int) -> None:
+        """Mark a guest range dirty: every bit that it touches. Raises UsageError for a range outside the disk."""
+        self._require_range(offset, length)
+        draft = self._usable(name)
+        first, stop = offset // draft.granularity, div_up(offset + length, draft.granularity)
+        draft.bits = draft.current_bits().with_range(first, stop, value=True)
+        self._note(f"set {offset}+{length} in '{name}'")
+
+    def unset_range(self, name: str, offset: int, length: int) -> None:
+        """Mark a guest range clean: only bits that lie wholly inside it, so that nothing else is called clean."""
+        self._require_range(offset, length)
+        draft = self._usable(name)
+        end = offset + length
+        first = div_up(offset, draft.granularity)
+        stop = div_up(end, draft.granularity) if end == self.image.geometry.virtual_size else end // draft.granularity
+        draft.bits = draft.current_bits().with_range(first, max(first, stop), value=False)
+        self._note(f"unset {offset}+{length} in '{name}'")
+
+    def merge(self, target: str, sources: Iterable[str | Source]) -> None:
+        """OR other bitmaps into one, whatever their granularities.
+
+        A dirty byte of a source is dirty in the target, always.
+
+        Raises:
+            BitmapSizeMismatchError: a source describes a disk of another size.
+            BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: target or source cannot be used.
+        """
+        draft = self._usable(target)
+        chosen = [self._source(source) for source in sources]
+        bits = draft.current_bits()
+        draft.bits = bits.union(*(self._converted(source, draft.granularity) for source in chosen))
+        self._note(f"merge {', '.join(repr(source.label) for source in chosen)} into '{target}'")
+
+    def copy(self, source: str | Source, name: str, *, granularity: int | None = None) -> None:
+        """A new bitmap with the bits and the recording flag of another, if wanted at another granularity.
+
+        Raises as `merge` and `add`.
+        """
+        chosen = self._source(source)
+        wanted = chosen.granularity if granularity is None else granularity
+        self._require_new(name, wanted)
+        self._append(name, wanted, self._converted(chosen, wanted), recording=chosen.recording)
+        self._note(f"copy '{chosen.label}' to '{name}', granularity {wanted}")
+
+    # The plan
+
+    def plan(self) -> Plan:
+        """Everything the edits come to, proved against the image's mapping.
+
+        Raises:
+            ProofError, CorruptImageError: the image is not what the plan would rely on.
+            NoSpaceError: a block device or the first cluster is too small.
+            BitmapLimitError: the directory would be too large.
+        """
+        return plan_changes(self.image, self.directory, self.drafts, tuple(self.summary))
+
+    # Helpers
+
+    def _note(self, line: str) -> None:
+        self.summary.append(line)
+
+    def _find(self, name: str) -> Draft:
+        wanted = encode_name(name)
+        for draft in self.drafts:
+            if draft.name == wanted:
+                return draft
+        raise BitmapNotFoundError(f"no bitmap is called '{name}'", hint="`qcow2bm list` shows those there are")
+
+    def _usable(self, name: str) -> Draft:
+        draft = self._find(name)
+        draft.require_ready()
+        return draft
+
+    def _append(self, name: str, granularity: int, bits: BitVector, *, recording: bool) -> None:
+        flags = BitmapFlag.AUTO if recording else BitmapFlag(0)
+        self.drafts.append(Draft(encode_name(name), granularity.bit_length() - 1, flags, bits))
+
+    def _source(self, source: str | Source) -> Source:
+        if isinstance(source, Source):
+            return source
+        draft = self._usable(source)
+        recording = bool(draft.flags & BitmapFlag.AUTO)
+        return Source(source, self.image.geometry.virtual_size, draft.granularity, draft.current_bits(), recording)
+
+    def _converted(self, source: Source, granularity: int) -> BitVector:
+        """A source's bits in the shape of a bitmap of this image."""
+        geometry = self.image.geometry
+        if source.virtual_size != geometry.virtual_size:
+            raise BitmapSizeMismatchError(
+                f"the disk has {geometry.virtual_size} bytes, that of '{source.label}' has {source.virtual_size}",
+                hint="only bitmaps of disks of the same size can be combined",
+            )
+        return source.bits.resampled(
+            geometry.bitmap_bits(granularity),
+            geometry.cluster_size,
+            refine=max(1, source.granularity // granularity),
+            coarsen=max(1, granularity // source.granularity),
+        )
+
+    def _require_range(self, offset: int, length: int) -> None:
+        size = self.image.geometry.virtual_size
+        if offset < 0 or length <= 0 or offset + length > size:
+            raise UsageError(f"the range {offset}+{length} is not within the disk of {size} bytes")
+
+    def _require_new(self, name: str, granularity: int) -> None:
+        raw = encode_name(name)
+        if not 0 < len(raw) <= MAX_BITMAP_NAME:
+            raise UsageError(f"a bitmap's name has 1 to {MAX_BITMAP_NAME} bytes, this one has {len(raw)}")
+        if b"\0" in raw:
+            raise UsageError("a bitmap's name cannot hold a zero byte")
+        bits = granularity.bit_length() - 1
+        if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
+            raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
+        if any(draft.name == raw for draft in self.drafts):
+            raise BitmapExistsError(f"there is a bitmap called '{name}' already")
+        if any(draft.stored is not None and draft.stored.state is State.DETACHED for draft in self.drafts):
+            raise BitmapInconsistentError(
+                "its bitmaps are detached: a program that knows no bitmaps wrote to the image", hint="remove them first"
+            )
+        size = self.image.geometry.bitmap_bytes(granularity)
+        if size > MAX_BITMAP_BYTES:
+            raise BitmapLimitError(
+                f"the bitmap would have {size} bytes, above {MAX_BITMAP_BYTES}", hint="choose a larger granularity"
+            )
+        if not self.image.geometry.virtual_size:
+            raise BitmapLimitError("a disk of 0 bytes cannot have a bitmap")
+        if len(self.drafts) >= MAX_BITMAPS:
+            raise BitmapLimitError(f"an image holds at most {MAX_BITMAPS} bitmaps")

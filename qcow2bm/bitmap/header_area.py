@@ -1,0 +1,137 @@
+"""The header's part in a change of bitmaps: point the bitmaps extension at a new directory, add it, or drop it.
+
+Why each layout keeps the image whole: the 24 bytes of the extension's data are overwritten in place, in one disk
+sector, so a crash leaves the old directory or the new one. A first extension is written behind the end marker,
+where nobody looks, before the end marker turns into its head, and only then the autoclear bit says that it counts.
+Dropping the last goes the other way. Where a header is laid out so that this is not possible, the change is one
+atomic stage and the commit engine keeps a journal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import NoSpaceError
+from ..format.extensions import BITMAPS_LENGTH, END_MARKER, HEAD_LENGTH, BitmapsExtension, Extension, ExtensionType
+from ..format.header import AUTOCLEAR_FIELD, BACKING_FILE_FIELDS, KNOWN_AUTOCLEAR, Autoclear
+from ..image.image import Qcow2Image
+from ..image.plan import Stage, Write
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderChange:
+    """Stages for a plan; `commit` is the index of the one that makes the new state valid."""
+
+    stages: tuple[Stage, ...]
+    commit: int
+
+
+class _Head:
+    """The first cluster as it becomes; each step gives the write that leads there from the step before."""
+
+    def __init__(self, image: Qcow2Image) -> None:
+        self._bytes = bytearray(image.head)
+        for write in clear_unknown_autoclear(image):
+            self._bytes[write.offset : write.end] = write.read()
+        self._before = bytes(self._bytes)
+        self._steps: list[Write] = []
+
+    def put(self, offset: int, data: bytes, purpose: str) -> None:
+        old = bytes(self._bytes[offset : offset + len(data)])
+        if old != data:
+            self._bytes[offset : offset + len(data)] = data
+            self._steps.append(Write.replace(offset, old, data, f"header: {purpose}"))
+
+    def at_once(self, name: str) -> HeaderChange:
+        """All steps as one write, all or nothing."""
+        start = min(step.offset for step in self._steps)
+        end = max(step.end for step in self._steps)
+        write = Write.replace(start, self._before[start:end], bytes(self._bytes[start:end]), f"header: {name}")
+        return HeaderChange((Stage(name, (write,), atomic=True),), 0)
+
+    def in_steps(self, name: str, *, commit: int) -> HeaderChange:
+        """A stage for each step, in order.
+
+        One for all where a single sector holds them. `commit` may count from the end.
+        """
+        together = self.at_once(name)
+        if together.stages[0].fits_a_sector:
+            return together
+        stages = tuple(Stage(step.purpose, (step,), atomic=True) for step in self._steps)
+        return HeaderChange(stages, commit % len(stages))
+
+
+def _autoclear(image: Qcow2Image, *, bitmaps: bool) -> bytes:
+    features = image.header.autoclear_features & KNOWN_AUTOCLEAR & ~Autoclear.BITMAPS
+    return int(features | (Autoclear.BITMAPS if bitmaps else 0)).to_bytes(8, "big")
+
+
+def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:
+    """What the specification asks of whoever writes to an image with autoclear bits it does not know."""
+    features = image.header.autoclear_features
+    if not features & ~KNOWN_AUTOCLEAR:
+        return []
+    known = int(features & KNOWN_AUTOCLEAR).to_bytes(8, "big")
+    return [
+        Write.replace(AUTOCLEAR_FIELD, int(features).to_bytes(8, "big"), known, "header: clear unknown autoclear bits")
+    ]
+
+
+def switch(image: Qcow2Image, extension: Extension, pointer: BitmapsExtension) -> HeaderChange:
+    """Point the extension at another directory."""
+    head = _Head(image)
+    head.put(extension.data_offset, pointer.build(), "the bitmaps extension")
+    return head.at_once("switch to the new bitmap directory")
+
+
+def attach(image: Qcow2Image, pointer: BitmapsExtension) -> HeaderChange:
+    """Add the extension to an image that has none.
+
+    Raises:
+        NoSpaceError: the first cluster has no room for it.
+    """
+    header, area = image.header, image.extensions
+    head = _Head(image)
+    end = area.end + HEAD_LENGTH + BITMAPS_LENGTH + HEAD_LENGTH
+    name = image.head[header.backing_file_offset :][: header.backing_file_size] if header.backing_file_offset else b""
+    apart = True
+    if name and end > header.backing_file_offset:
+        # Behind the old name if there is room, so that one of the two is whole at any moment.
+        place = max(end, header.backing_file_offset + len(name))
+        if place + len(name) > image.geometry.cluster_size:
+            place, apart = end, False
+        _require_room(image, place + len(name))
+        head.put(place, name, "copy of the backing file name")
+        head.put(BACKING_FILE_FIELDS, place.to_bytes(8, "big"), "place of the backing file name")
+    _require_room(image, end)
+    head.put(area.end + HEAD_LENGTH, pointer.build() + END_MARKER, "the bitmaps extension, not yet reachable")
+    head.put(area.end, _extension_head(), "the end marker becomes the bitmaps extension")
+    head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=True), "the autoclear bit: the bitmaps count")
+    return head.in_steps("add the bitmaps extension", commit=-1) if apart else head.at_once("add the bitmaps extension")
+
+
+def detach(image: Qcow2Image, extension: Extension) -> HeaderChange:
+    """Drop the extension: the image has no bitmaps any more."""
+    area = image.extensions
+    head = _Head(image)
+    head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=False), "the autoclear bit: no bitmaps count")
+    if extension.end == area.end:
+        # Only its head is overwritten; what follows an end marker means nothing.
+        head.put(extension.offset, END_MARKER, "the bitmaps extension becomes the end marker")
+        return head.in_steps("drop the bitmaps extension", commit=0)
+    rest = image.head[extension.end : min(area.end + HEAD_LENGTH, area.limit)]
+    moved = rest + bytes(extension.end - extension.offset)
+    head.put(extension.offset, moved, "the extensions behind the bitmaps extension move up")
+    return head.at_once("drop the bitmaps extension")
+
+
+def _extension_head() -> bytes:
+    return Extension(ExtensionType.BITMAPS, bytes(BITMAPS_LENGTH)).build()[:HEAD_LENGTH]
+
+
+def _require_room(image: Qcow2Image, end: int) -> None:
+    if end > image.geometry.cluster_size:
+        raise NoSpaceError(
+            "the first cluster has no room for the bitmaps extension",
+            hint="a shorter backing file name would make some",
+        )

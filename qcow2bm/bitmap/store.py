@@ -1,0 +1,309 @@
+"""The bitmaps an image holds: directory, tables and data clusters, read when they are asked for.
+
+Nothing is believed before it is checked, and a fault in one bitmap is that bitmap's alone: QEMU refuses the whole
+image when one entry is bad; here the others stay readable.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from enum import Enum
+from functools import cached_property
+
+from bitarray import bitarray
+
+from ..errors import (
+    BitmapBrokenError,
+    BitmapInconsistentError,
+    BitmapNotFoundError,
+    CorruptImageError,
+)
+from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, parse_directory
+from ..format.entries import BitmapTableEntry, table_entries
+from ..format.extensions import BitmapsExtension, Extension, ExtensionType
+from ..format.header import Autoclear
+from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
+from ..image import lock
+from ..image.file import ImageFile
+from ..image.image import Qcow2Image
+from ..image.references import Kind, Reference
+from .bits import ONES, ZEROES, BitVector, Chunk
+
+
+class State(Enum):
+    """What may be done with a bitmap."""
+
+    READY = "ready"
+    """Stored cleanly: everything."""
+    ACTIVE = "active"
+    """In use by a process that has the image open for writing: nothing."""
+    INCONSISTENT = "inconsistent"
+    """In use, and nobody has the image open: its last writer died. Remove."""
+    BROKEN = "broken"
+    """Its entry or table breaks the format. Remove, if its clusters can be told."""
+    DETACHED = "detached"
+    """The autoclear bit is off: something that knows no bitmaps wrote to the image. Remove."""
+
+
+def encode_name(name: str) -> bytes:
+    """A bitmap's name as it is stored."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def decode_name(name: bytes) -> str:
+    """A stored name; bytes that are not UTF-8 become surrogates, so `encode_name` gives them back."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+class StoredChunk:
+    """A data cluster of a bitmap. Bits are read from the file each time they are asked for."""
+
+    __slots__ = ("_file", "_offset")
+
+    def __init__(self, file: ImageFile, offset: int) -> None:
+        self._file = file
+        self._offset = offset
+
+    def read(self, start: int, length: int) -> bitarray:
+        """A read-only view of the bytes just read."""
+        return bitarray(buffer=self._file.read_at(self._offset + start, length), endian="little")
+
+
+class StoredBitmap:
+    """One bitmap of an image as it is on disk.
+
+    Attributes:
+        entry: its bitmap directory entry.
+        place: offset of the entry in the directory.
+    """
+
+    def __init__(self, image: Qcow2Image, entry: BitmapEntry, place: int, *, attached: bool, duplicate: bool) -> None:
+        self._image = image
+        self.entry = entry
+        self.place = place
+        self._attached = attached
+        self._duplicate = duplicate
+
+    @property
+    def name(self) -> str:
+        """The name as text."""
+        return decode_name(self.entry.name)
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes one bit stands for."""
+        return self.entry.granularity
+
+    @property
+    def recording(self) -> bool:
+        """True if QEMU tracks writes in it (the auto flag)."""
+        return bool(self.entry.flags & BitmapFlag.AUTO)
+
+    @cached_property
+    def state(self) -> State:
+        """What may be done with it."""
+        if self.fault is not None:
+            return State.BROKEN
+        if not self._attached:
+            return State.DETACHED
+        if not self.entry.flags & BitmapFlag.IN_USE:
+            return State.READY
+        # Our own write lock is not another's: with it held nobody else can be writing.
+        return State.ACTIVE if lock.has_writer(self._image.file.fd) else State.INCONSISTENT
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why the bitmap is broken, or None."""
+        if self._duplicate:
+            return "another bitmap has the same name"
+        fault = next(self.entry.faults(self._image.geometry), None)
+        if fault is not None:
+            return fault
+        try:
+            return self._table_fault()
+        except CorruptImageError as error:
+            return f"its table cannot be read: {error.message}"
+
+    def _table_fault(self) -> str | None:
+        size = self._image.file.size
+        for index, value in enumerate(self.table):
+            if not value:
+                continue
+            entry = BitmapTableEntry(value)
+            fault = entry.fault(self._image.geometry)
+            if fault is not None:
+                return f"its table's {fault} (index {index})"
+            if entry.offset >= size:
+                return f"its data at {entry.offset:#x} lies outside the file"
+        return None
+
+    @cached_property
+    def table(self) -> array[int]:
+        """The bitmap table as it is stored.
+
+        Raises:
+            TruncatedImageError: it lies outside the file.
+        """
+        return table_entries(self._image.file.read_at(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size))
+
+    @cached_property
+    def bits(self) -> BitVector:
+        """The bits, read chunk by chunk when they are looked at. Those of an inconsistent bitmap may be stale.
+
+        Raises:
+            BitmapBrokenError: the bitmap is broken.
+        """
+        if self.fault is not None:
+            raise BitmapBrokenError(f"bitmap '{self.name}' is broken: {self.fault}")
+        geometry, file = self._image.geometry, self._image.file
+        chunks: list[Chunk] = []
+        for value in self.table:
+            entry = BitmapTableEntry(value)
+            constant = ONES if entry.all_ones else ZEROES
+            chunks.append(StoredChunk(file, entry.offset) if entry.offset else constant)
+        needed = geometry.bitmap_table_entries(self.granularity)
+        chunks += [ZEROES] * (needed - len(chunks))  # an inconsistent bitmap's table may be of another size
+        return BitVector(geometry.bitmap_bits(self.granularity), geometry.cluster_size, chunks[:needed])
+
+    def readable_bits(self) -> BitVector:
+        """The bits, if they are to be relied on.
+
+        Raises:
+            BitmapInconsistentError: it is in use, or detached.
+            BitmapBrokenError: it is broken.
+        """
+        require_ready(self)
+        return self.bits
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the clusters its table and data take; 0 for what cannot be read."""
+        geometry = self._image.geometry
+        try:
+            data = sum(1 for value in self.table if BitmapTableEntry(value).offset)
+        except CorruptImageError:
+            return 0
+        return (data + geometry.clusters(8 * self.entry.bitmap_table_size)) * geometry.cluster_size
+
+    def references(self) -> Iterator[Reference]:
+        """The host ranges that the table and its entries name; adjacent data clusters as one."""
+        cluster_size = self._image.geometry.cluster_size
+        owner = f"the table of bitmap '{self.name}'"
+        yield Reference(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size, Kind.BITMAPS, owner)
+        owner = f"the data of bitmap '{self.name}'"
+        try:
+            offsets = [offset for value in self.table if (offset := BitmapTableEntry(value).offset)]
+        except CorruptImageError:
+            return
+        start = length = 0
+        for offset in offsets:
+            if offset != start + length:
+                yield Reference(start, length, Kind.BITMAPS, owner)
+                start, length = offset, 0
+            length += cluster_size
+        yield Reference(start, length, Kind.BITMAPS, owner)
+
+
+def require_ready(bitmap: StoredBitmap) -> None:
+    """Raise unless the bitmap is ready, saying what is in the way.
+
+    Raises:
+        BitmapInconsistentError: it is in use, or detached.
+        BitmapBrokenError: it is broken.
+    """
+    state, name = bitmap.state, bitmap.name
+    if state is State.BROKEN:
+        raise BitmapBrokenError(f"bitmap '{name}' is broken: {bitmap.fault}", hint="only removing it is possible")
+    if state is State.ACTIVE:
+        raise BitmapInconsistentError(f"bitmap '{name}' is in use by a running VM", hint="shut the VM down first")
+    if state is State.INCONSISTENT:
+        raise BitmapInconsistentError(
+            f"bitmap '{name}' is inconsistent: its last writer did not close the image, so its bits are stale",
+            hint="remove it and start a new one with a full backup",
+        )
+    if state is State.DETACHED:
+        raise BitmapInconsistentError(
+            f"bitmap '{name}' is detached: a program that knows no bitmaps wrote to the image, so its bits are stale",
+            hint="remove it and start a new one with a full backup",
+        )
+
+
+class BitmapDirectory:
+    """All bitmaps of an image, in directory order.
+
+    Attributes:
+        extension: the bitmaps header extension, or None.
+        pointer: its parsed data, or None.
+        attached: the autoclear bit is on, so the bitmaps count.
+        bitmaps: what could be parsed.
+        damage: why the directory as a whole breaks the format; `bitmaps` then holds what came before the damage.
+    """
+
+    def __init__(self, image: Qcow2Image) -> None:
+        """Read the directory; tables are read when they are asked for."""
+        self.extension: Extension | None = image.extensions.find(ExtensionType.BITMAPS)
+        self.pointer: BitmapsExtension | None = None
+        self.attached = bool(image.header.autoclear_features & Autoclear.BITMAPS)
+        self.damage: str | None = None
+        found: list[StoredBitmap] = []
+        try:
+            for bitmap in self._read(image):
+                found.append(bitmap)  # noqa: PERF402 - what came before the damage is kept
+        except CorruptImageError as error:
+            self.damage = error.message
+        self.bitmaps = tuple(found)
+
+    def _read(self, image: Qcow2Image) -> Iterator[StoredBitmap]:
+        if self.extension is None:
+            if self.attached:
+                raise CorruptImageError("the autoclear bit for bitmaps is set, but there is no bitmaps extension")
+            return
+        pointer = BitmapsExtension.parse(self.extension.data)
+        _require_sane(image, pointer)
+        self.pointer = pointer
+        data = image.file.read_at(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
+        names: set[bytes] = set()
+        for place, entry in parse_directory(data, pointer.nb_bitmaps):
+            yield StoredBitmap(image, entry, place, attached=self.attached, duplicate=entry.name in names)
+            names.add(entry.name)
+
+    def find(self, name: str) -> StoredBitmap:
+        """The bitmap of a name.
+
+        Raises:
+            BitmapNotFoundError: there is none.
+            BitmapBrokenError: the directory is damaged, so nobody knows.
+        """
+        wanted = encode_name(name)
+        for bitmap in self.bitmaps:
+            if bitmap.entry.name == wanted:
+                return bitmap
+        self.require_undamaged()
+        raise BitmapNotFoundError(f"no bitmap is called '{name}'")
+
+    def require_undamaged(self) -> None:
+        """Raise BitmapBrokenError if the directory as a whole breaks the format."""
+        if self.damage is not None:
+            raise BitmapBrokenError(f"the bitmap directory is damaged: {self.damage}", hint="nothing was changed")
+
+    def references(self) -> Iterator[Reference]:
+        """The host ranges that the directory, the tables and their entries take."""
+        if self.pointer is not None:
+            pointer = self.pointer
+            offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+            yield Reference(offset, size, Kind.BITMAPS, "the bitmap directory")
+        for bitmap in self.bitmaps:
+            yield from bitmap.references()
+
+
+def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
+    if pointer.reserved:
+        raise CorruptImageError("the bitmaps extension has a reserved field set")
+    if not 0 < pointer.nb_bitmaps <= MAX_BITMAPS:
+        raise CorruptImageError(f"the bitmaps extension says there are {pointer.nb_bitmaps} bitmaps")
+    if not FIXED_LENGTH <= pointer.bitmap_directory_size <= MAX_BITMAP_DIRECTORY_BYTES:
+        raise CorruptImageError(f"the bitmap directory's size is {pointer.bitmap_directory_size}")
+    offset = pointer.bitmap_directory_offset
+    if not offset or not image.geometry.is_aligned(offset):
+        raise CorruptImageError(f"the bitmap directory's offset {offset:#x} is not a cluster's")

@@ -1,0 +1,166 @@
+"""Every exception qcow2bm raises on purpose, and the exit status each one means.
+
+The tree (exit status in brackets)::
+
+    Qcow2bmError                      [1]  the command failed
+    ├── UsageError                   [64]  no image could satisfy what was asked for
+    ├── NotQcow2Error                [63]  a format this command does not handle
+    ├── CorruptImageError             [2]  the image breaks the qcow2 format
+    │   ├── TruncatedImageError       [2]  a structure lies outside the file
+    │   └── ProofError                [2]  clusters are not owned as the image says
+    ├── UnsupportedImageError         [1]  sound, but not for this operation
+    ├── InUseError                   [75]  another process has the image open
+    ├── LockingUnavailableError       [1]  the file system cannot lock
+    ├── NoSpaceError                  [1]  the change does not fit
+    ├── ImageIOError                  [1]  the operating system refused a read or a write
+    ├── UndoError                     [1]  an undo file cannot be used on this image
+    └── BitmapError                   [1]  a bitmap refuses the operation
+        ├── BitmapNotFoundError       [1]
+        ├── BitmapExistsError         [1]
+        ├── BitmapSizeMismatchError   [1]  the disks have different sizes
+        ├── BitmapLimitError          [1]  QEMU's limits on number, size or space
+        ├── BitmapInconsistentError   [4]  in use by a writer that died, or by a running VM
+        └── BitmapBrokenError         [4]  its directory entry, table or data breaks the format
+
+An error knows what is wrong (`message`), where (`image`) and what to do about it (`hint`); `str()` puts them
+together as the command line prints them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+RUN_CHECK = "run `qcow2bm qemu-img check` on it, and change nothing before its findings are understood"
+
+
+class Qcow2bmError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: what is wrong, one line, no final full stop.
+        hint: what the user can do about it.
+        image: the image it is about; filled in by `naming` where the code that raises does not know it.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, image: str | Path | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.image = image
+
+    def __str__(self) -> str:
+        place = f"{self.image}: " if self.image is not None else ""
+        advice = f"; {self.hint}" if self.hint else ""
+        return f"{place}{self.message}{advice}"
+
+
+class UsageError(Qcow2bmError):
+    """No image could satisfy what was asked for: a malformed size, name, granularity or range."""
+
+    exit_status = 64
+
+
+class NotQcow2Error(Qcow2bmError):
+    """The file is not a qcow2 image, or not one that this command handles."""
+
+    exit_status = 63
+
+
+class CorruptImageError(Qcow2bmError):
+    """The image breaks the qcow2 format."""
+
+    exit_status = 2
+
+
+class TruncatedImageError(CorruptImageError):
+    """A structure that the image names lies wholly or partly outside the file."""
+
+
+class ProofError(CorruptImageError):
+    """A cluster that would be written, freed or reused has other owners than the refcounts say."""
+
+
+class UnsupportedImageError(Qcow2bmError):
+    """The image is sound but does not allow the operation.
+
+    Version 2, an unknown feature, the dirty or the corrupt bit.
+    """
+
+
+class InUseError(Qcow2bmError):
+    """Another process has the image open in a way that conflicts; try again later."""
+
+    exit_status = 75
+
+
+class LockingUnavailableError(Qcow2bmError):
+    """The file system has no open-file-description locks, so nothing can keep QEMU out."""
+
+
+class NoSpaceError(Qcow2bmError):
+    """The change needs more room than the disk, the device, the header cluster or the refcount table can give."""
+
+
+class ImageIOError(Qcow2bmError):
+    """The operating system refused to open, read, write or flush."""
+
+
+class UndoError(Qcow2bmError):
+    """An undo file is damaged, belongs to another image, or the image has changed since it was written."""
+
+
+class BitmapError(Qcow2bmError):
+    """A bitmap refuses the operation."""
+
+
+class BitmapNotFoundError(BitmapError):
+    """The image has no bitmap of that name."""
+
+
+class BitmapExistsError(BitmapError):
+    """The image has a bitmap of that name already."""
+
+
+class BitmapSizeMismatchError(BitmapError):
+    """Two bitmaps describe disks of different sizes."""
+
+
+class BitmapLimitError(BitmapError):
+    """QEMU would not accept the result: too many bitmaps, or one that is too large for its granularity."""
+
+
+class BitmapInconsistentError(BitmapError):
+    """The bitmap is marked in use: its bits on disk may be stale, so only removing it is safe."""
+
+    exit_status = 4
+
+
+class BitmapBrokenError(BitmapError):
+    """The bitmap's directory entry, table or data breaks the format."""
+
+    exit_status = 4
+
+
+@contextlib.contextmanager
+def naming(image: str | Path) -> Iterator[None]:
+    """Say which image an error is about, and turn an `OSError` met on the way into `ImageIOError`."""
+    try:
+        yield
+    except Qcow2bmError as error:
+        if error.image is None:
+            error.image = image
+        raise
+    except OSError as error:
+        raise from_os_error(error, image) from error
+
+
+def from_os_error(error: OSError, image: str | Path | None = None) -> Qcow2bmError:
+    """The error of this package that says the same as `error`."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ImageIOError(reason, image=image)

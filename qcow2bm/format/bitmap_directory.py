@@ -1,0 +1,168 @@
+"""Bitmap directory entries: one per bitmap, 8-aligned, one after the other.
+
+Source: qcow2 specification, "Bitmap directory". Extra data and unknown flags are kept as they are. Because every
+entry starts at a multiple of 8, the four flag bytes at +12 never straddle a disk sector: they can be switched in
+place, all or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+
+from construct import Bytes, ConstructError, Int8ub, Int16ub, Int32ub, Int64ub, Struct, this
+
+from ..errors import CorruptImageError
+from .geometry import Geometry, round_up
+from .limits import (
+    MAX_BITMAP_BYTES,
+    MAX_BITMAP_NAME,
+    MAX_BITMAP_TABLE_ENTRIES,
+    MAX_GRANULARITY_BITS,
+    MIN_GRANULARITY_BITS,
+)
+
+FLAGS_OFFSET = 12
+FLAGS_LENGTH = 4
+DIRTY_TRACKING = 1
+"""The one bitmap type the specification knows."""
+
+
+class BitmapFlag(IntFlag):
+    """Flags of a directory entry."""
+
+    IN_USE = 1 << 0
+    AUTO = 1 << 1
+    EXTRA_DATA_COMPATIBLE = 1 << 2
+
+
+_ENTRY = Struct(
+    "bitmap_table_offset" / Int64ub,
+    "bitmap_table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+FIXED_LENGTH = _ENTRY.sizeof()
+
+# The variable part by itself, so that its lengths are known to fit before a byte of it is taken.
+_TAIL = Struct("extra_data" / Bytes(this._.extra), "name" / Bytes(this._.name))
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapEntry:
+    """One bitmap directory entry.
+
+    `bitmap_table_size` counts entries, `bitmap_table_offset` is in bytes, `name` is raw bytes.
+    """
+
+    bitmap_table_offset: int
+    bitmap_table_size: int
+    flags: BitmapFlag
+    granularity_bits: int
+    name: bytes
+    extra_data: bytes = b""
+    type: int = DIRTY_TRACKING
+    padding: bytes = b""
+
+    @property
+    def granularity(self) -> int:
+        """Guest bytes that one bit stands for."""
+        return 1 << self.granularity_bits
+
+    @property
+    def size(self) -> int:
+        """Bytes of the entry in the directory, padding included."""
+        return round_up(FIXED_LENGTH + len(self.extra_data) + len(self.name), 8)
+
+    def build(self) -> bytes:
+        """The entry's bytes, padded with what was there or with zeroes."""
+        head: bytes = _ENTRY.build(
+            {
+                "bitmap_table_offset": self.bitmap_table_offset,
+                "bitmap_table_size": self.bitmap_table_size,
+                "flags": int(self.flags),
+                "type": self.type,
+                "granularity_bits": self.granularity_bits,
+                "name_size": len(self.name),
+                "extra_data_size": len(self.extra_data),
+            }
+        )
+        body = head + self.extra_data + self.name
+        return body + (self.padding or bytes(-len(body) % 8))
+
+    def faults(self, geometry: Geometry) -> Iterator[str]:
+        """Why QEMU would refuse this entry, and with it the image (`check_dir_entry`, `load_bitmap_data`).
+
+        One line each.
+        """
+        if self.bitmap_table_offset == 0 or not geometry.is_aligned(self.bitmap_table_offset):
+            yield f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's"
+        if self.flags & ~(BitmapFlag.IN_USE | BitmapFlag.AUTO):
+            yield f"it has unknown flags {int(self.flags):#x}"
+        if self.type != DIRTY_TRACKING:
+            yield f"its type {self.type} is not known"
+        if not 0 < len(self.name) <= MAX_BITMAP_NAME:
+            yield f"its name is {len(self.name)} bytes long"
+        if self.extra_data:
+            yield f"it has {len(self.extra_data)} bytes of extra data that are not known"
+        if not MIN_GRANULARITY_BITS <= self.granularity_bits <= MAX_GRANULARITY_BITS:
+            yield f"its granularity 2^{self.granularity_bits} is not between 512 bytes and 2 GiB"
+            return
+        yield from self._table_faults(geometry)
+
+    def _table_faults(self, geometry: Geometry) -> Iterator[str]:
+        size = self.bitmap_table_size
+        if not 0 < size <= MAX_BITMAP_TABLE_ENTRIES or size * geometry.cluster_size > MAX_BITMAP_BYTES:
+            yield f"its table has {size} entries"
+            return
+        needed = geometry.bitmap_table_entries(self.granularity)
+        if not self.flags & BitmapFlag.IN_USE and size != needed:
+            yield f"its table has {size} entries, the disk needs {needed}"
+
+
+def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
+    """The entry at `offset` of a directory.
+
+    Raises:
+        CorruptImageError: the entry goes past the end of the directory.
+    """
+    try:
+        head = _ENTRY.parse(data[offset : offset + FIXED_LENGTH])
+    except ConstructError:
+        raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}") from None
+    length = FIXED_LENGTH + head.extra_data_size + head.name_size
+    end = offset + round_up(length, 8)
+    if end > len(data):
+        raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}")
+    tail = _TAIL.parse(data[offset + FIXED_LENGTH : end], extra=head.extra_data_size, name=head.name_size)
+    return BitmapEntry(
+        bitmap_table_offset=head.bitmap_table_offset,
+        bitmap_table_size=head.bitmap_table_size,
+        flags=BitmapFlag(head.flags),
+        granularity_bits=head.granularity_bits,
+        name=bytes(tail.name),
+        extra_data=bytes(tail.extra_data),
+        type=head.type,
+        padding=data[offset + length : end],
+    )
+
+
+def parse_directory(data: bytes, count: int) -> Iterator[tuple[int, BitmapEntry]]:
+    """The entries of a directory of `count` bitmaps, each with its offset in `data`.
+
+    Raises:
+        CorruptImageError: the entries do not fill the directory exactly. What was sound comes first.
+    """
+    offset = 0
+    for index in range(count):
+        if offset >= len(data):
+            raise CorruptImageError(f"the bitmap directory holds {index} bitmaps, the header extension says {count}")
+        entry = parse_entry(data, offset)
+        yield offset, entry
+        offset += entry.size
+    if offset != len(data):
+        raise CorruptImageError(f"the bitmap directory goes on after its {count} bitmaps")

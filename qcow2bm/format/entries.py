@@ -1,0 +1,219 @@
+"""What one entry of a table means: L1, L2, extended L2, compressed, refcount table, refcount block, bitmap table.
+
+This is the readable truth, one entry at a time. `vectors.py` says the same over whole tables with numpy, and a
+property test holds the two together.
+
+Source: qcow2 specification, "Cluster mapping", "Extended L2 Entries", "Host cluster management", "Bitmap table".
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+
+from bitarray import bitarray
+
+from ..errors import CorruptImageError
+from .geometry import COMPRESSED_SECTOR, SUBCLUSTERS, Geometry
+
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+"""Bits 9..55: the host offset in L1, standard L2 and bitmap table entries."""
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+ZERO = 1 << 0
+REFCOUNT_BLOCK_MASK = 0xFFFF_FFFF_FFFF_FE00
+"""Bits 9..63: the host offset in a refcount table entry."""
+ALL_ONES = 1 << 0
+
+L1_RESERVED = ~(OFFSET_MASK | COPIED) & (1 << 64) - 1
+BITMAP_RESERVED = ~(OFFSET_MASK | ALL_ONES) & (1 << 64) - 1
+
+
+def _big_endian(data: bytes | array[int], typecode: str) -> array[int]:
+    """`data` with the bytes of each item turned round on a little-endian machine: to native integers and back."""
+    items = array(typecode, data)
+    if sys.byteorder == "little":
+        items.byteswap()
+    return items
+
+
+def table_entries(data: bytes) -> array[int]:
+    """The 64-bit big-endian entries of a table as native integers."""
+    return _big_endian(data, "Q")
+
+
+def table_bytes(entries: array[int]) -> bytes:
+    """The table of 64-bit big-endian entries."""
+    return _big_endian(entries, "Q").tobytes()
+
+
+class ClusterKind(Enum):
+    """What the guest finds at a cluster or subcluster."""
+
+    UNALLOCATED = "unallocated"
+    """Nothing here: the backing file's content, or zeroes."""
+    ZERO = "zero"
+    """Reads as zeroes, no host cluster."""
+    ZERO_ALLOCATED = "zero-allocated"
+    """Reads as zeroes, a host cluster is kept for later."""
+    DATA = "data"
+    COMPRESSED = "compressed"
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedDescriptor:
+    """A compressed cluster: where its stream starts, and the bytes up to the end of its last 512-byte sector."""
+
+    offset: int
+    length: int
+
+    @classmethod
+    def parse(cls, entry: int, geometry: Geometry) -> CompressedDescriptor:
+        """Decode bits 0..61 of an L2 entry with bit 62 set."""
+        shift = 62 - (geometry.cluster_bits - 8)
+        offset = entry & (1 << shift) - 1
+        additional = (entry & COMPRESSED - 1) >> shift
+        return cls(offset, (additional + 1) * COMPRESSED_SECTOR - offset % COMPRESSED_SECTOR)
+
+    def build(self, geometry: Geometry) -> int:
+        """The L2 entry.
+
+        Raises:
+            CorruptImageError: offset or length do not fit the descriptor of this cluster size.
+        """
+        shift = 62 - (geometry.cluster_bits - 8)
+        additional = (self.offset + self.length - 1) // COMPRESSED_SECTOR - self.offset // COMPRESSED_SECTOR
+        if self.offset >> shift or additional >> 62 - shift or self.length <= 0:
+            raise CorruptImageError("a compressed cluster does not fit its descriptor")
+        return COMPRESSED | additional << shift | self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class L2Entry:
+    """An L2 entry with, for extended L2, its subcluster bitmap (bits 0..31 allocated, 32..63 read as zeroes)."""
+
+    value: int
+    bitmap: int = 0
+
+    @property
+    def is_compressed(self) -> bool:
+        """True if the entry is a compressed cluster descriptor."""
+        return bool(self.value & COMPRESSED)
+
+    @property
+    def host_offset(self) -> int:
+        """Host offset of a standard cluster, 0 if there is none."""
+        return 0 if self.is_compressed else self.value & OFFSET_MASK
+
+    @property
+    def copied(self) -> bool:
+        """True if the refcount is exactly one, as far as the flag can be trusted."""
+        return bool(self.value & COPIED)
+
+    def kind(self, geometry: Geometry, *, data_file: bool = False) -> ClusterKind:
+        """What the whole cluster is; for extended L2 use `subcluster_kind`. An offset of 0 is real in a data file."""
+        if self.is_compressed:
+            return ClusterKind.COMPRESSED
+        allocated = self.host_offset or (data_file and self.copied)
+        if self.value & ZERO and not geometry.extended_l2:
+            return ClusterKind.ZERO_ALLOCATED if allocated else ClusterKind.ZERO
+        return ClusterKind.DATA if allocated else ClusterKind.UNALLOCATED
+
+    def subcluster_kind(self, index: int, *, data_file: bool = False) -> ClusterKind:
+        """What subcluster `index` (0..31) of an extended L2 entry is."""
+        if self.is_compressed:
+            return ClusterKind.COMPRESSED
+        allocated = self.host_offset or (data_file and self.copied)
+        if self.bitmap >> SUBCLUSTERS + index & 1:
+            return ClusterKind.ZERO_ALLOCATED if allocated else ClusterKind.ZERO
+        return ClusterKind.DATA if allocated and self.bitmap >> index & 1 else ClusterKind.UNALLOCATED
+
+    def host_range(self, geometry: Geometry, *, data_file: bool = False) -> tuple[int, int] | None:
+        """Offset and length of what the entry refers to in *this* file, or None."""
+        if self.is_compressed:
+            descriptor = CompressedDescriptor.parse(self.value, geometry)
+            return descriptor.offset, descriptor.length
+        if data_file or not self.host_offset:
+            return None
+        return self.host_offset, geometry.cluster_size
+
+
+def l1_offset(entry: int) -> int:
+    """Host offset of the L2 table an L1 entry names, 0 if none."""
+    return entry & OFFSET_MASK
+
+
+def refcount_block_offset(entry: int) -> int:
+    """Host offset of the refcount block a refcount table entry names, 0 if none."""
+    return entry & REFCOUNT_BLOCK_MASK
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapTableEntry:
+    """One entry of a bitmap table: a data cluster, all zeroes, or all ones."""
+
+    value: int
+
+    @property
+    def offset(self) -> int:
+        """Host offset of the data cluster, 0 if there is none."""
+        return self.value & OFFSET_MASK
+
+    @property
+    def all_ones(self) -> bool:
+        """True if the whole chunk is ones without a data cluster."""
+        return self.value == ALL_ONES
+
+    def fault(self, geometry: Geometry) -> str | None:
+        """Why QEMU would refuse the entry (`check_table_entry`), if it would."""
+        if self.value & BITMAP_RESERVED:
+            return f"entry {self.value:#x} has reserved bits set"
+        if self.offset and self.value & ALL_ONES:
+            return f"entry {self.value:#x} has an offset and the all-ones bit"
+        if not geometry.is_aligned(self.offset):
+            return f"entry {self.value:#x} is not cluster-aligned"
+        return None
+
+
+def get_refcount(block: bytes | bytearray, index: int, order: int) -> int:
+    """Refcount `index` of a refcount block. Below 8 bits the first one is the least significant of its byte."""
+    if order < 3:
+        bits = 1 << order
+        return block[index * bits // 8] >> index * bits % 8 & (1 << bits) - 1
+    width = 1 << order - 3
+    return int.from_bytes(block[index * width : (index + 1) * width], "big")
+
+
+def set_refcount(block: bytearray, index: int, order: int, value: int) -> int:
+    """Store a refcount in a refcount block; returns the offset of its first byte.
+
+    Raises:
+        OverflowError: `value` does not fit the refcount order.
+    """
+    if value >> (1 << order):
+        raise OverflowError(f"refcount {value} does not fit into {1 << order} bits")
+    if order < 3:
+        bits = 1 << order
+        at, shift = divmod(index * bits, 8)
+        block[at] = block[at] & ~((1 << bits) - 1 << shift) | value << shift
+        return at
+    width = 1 << order - 3
+    block[index * width : (index + 1) * width] = value.to_bytes(width, "big")
+    return index * width
+
+
+def used_clusters(block: bytes, order: int) -> bitarray:
+    """One bit per refcount of a refcount block, in cluster order: 1 where it is not zero."""
+    if order < 3:
+        bits = bitarray(buffer=block, endian="little")
+        width = 1 << order
+    else:
+        bits = bitarray(endian="little")
+        bits.pack(block)
+        width = 1 << order - 3
+    used = bits[0::width]
+    for part in range(1, width):
+        used |= bits[part::width]
+    return used

@@ -1,0 +1,124 @@
+"""All index arithmetic of one image: what depends on the cluster size, the refcount order and extended L2 entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .limits import MAX_DEFAULT_GRANULARITY, MIN_DEFAULT_GRANULARITY
+
+SUBCLUSTERS = 32
+"""Subclusters in a cluster of an image with extended L2 entries."""
+
+COMPRESSED_SECTOR = 512
+
+
+def div_up(number: int, divisor: int) -> int:
+    """`number / divisor`, rounded up."""
+    return -(-number // divisor)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `number`."""
+    return div_up(number, multiple) * multiple
+
+
+def is_power_of_two(number: int) -> bool:
+    """True for 1, 2, 4, 8 …"""
+    return number > 0 and number & (number - 1) == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The shape of one image. Sizes and offsets are in bytes, indices count entries.
+
+    Source: qcow2 specification, "Host cluster management", "Cluster mapping", "Bitmaps".
+    """
+
+    cluster_bits: int
+    virtual_size: int
+    refcount_order: int = 4
+    extended_l2: bool = False
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes in a cluster."""
+        return 1 << self.cluster_bits
+
+    def clusters(self, length: int) -> int:
+        """Clusters that `length` bytes take."""
+        return div_up(length, self.cluster_size)
+
+    def cluster_of(self, offset: int) -> int:
+        """Number of the cluster that holds `offset`."""
+        return offset >> self.cluster_bits
+
+    def offset_of(self, cluster: int) -> int:
+        """Offset at which a cluster starts."""
+        return cluster << self.cluster_bits
+
+    def is_aligned(self, offset: int) -> bool:
+        """True where a cluster starts."""
+        return offset & (self.cluster_size - 1) == 0
+
+    # Cluster mapping
+
+    @property
+    def l2_entry_size(self) -> int:
+        """Bytes of an L2 entry: 8, or 16 with the subcluster bitmap of extended L2."""
+        return 16 if self.extended_l2 else 8
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries in an L2 table, which is one cluster."""
+        return self.cluster_size // self.l2_entry_size
+
+    @property
+    def l2_span(self) -> int:
+        """Guest bytes that one L2 table maps."""
+        return self.l2_entries * self.cluster_size
+
+    @property
+    def l1_entries(self) -> int:
+        """L1 entries that the virtual size needs."""
+        return div_up(self.virtual_size, self.l2_span)
+
+    @property
+    def subcluster_size(self) -> int:
+        """Bytes in a subcluster; a whole cluster without extended L2 entries."""
+        return self.cluster_size // SUBCLUSTERS if self.extended_l2 else self.cluster_size
+
+    # Refcounts
+
+    @property
+    def refcount_bits(self) -> int:
+        """Bits of one refcount."""
+        return 1 << self.refcount_order
+
+    @property
+    def max_refcount(self) -> int:
+        """The largest refcount that fits."""
+        return (1 << self.refcount_bits) - 1
+
+    @property
+    def refcounts_per_block(self) -> int:
+        """Refcounts in a refcount block, which is one cluster."""
+        return self.cluster_size * 8 // self.refcount_bits
+
+    # Bitmaps
+
+    @property
+    def default_granularity(self) -> int:
+        """Granularity that QEMU gives a new bitmap: the cluster size, but at least 4 KiB and at most 64 KiB."""
+        return min(max(self.cluster_size, MIN_DEFAULT_GRANULARITY), MAX_DEFAULT_GRANULARITY)
+
+    def bitmap_bits(self, granularity: int) -> int:
+        """Bits of a bitmap over the whole disk."""
+        return div_up(self.virtual_size, granularity)
+
+    def bitmap_bytes(self, granularity: int) -> int:
+        """Bytes of a bitmap over the whole disk."""
+        return div_up(self.bitmap_bits(granularity), 8)
+
+    def bitmap_table_entries(self, granularity: int) -> int:
+        """Entries of its bitmap table; QEMU loads a bitmap only when its table has exactly this size."""
+        return self.clusters(self.bitmap_bytes(granularity))

@@ -1,0 +1,103 @@
+"""Snapshot table entries.
+
+Source: qcow2 specification, "Snapshots". Only what an entry says is here; the L1 table it points to is read by
+`image/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from construct import Bytes, ConstructError, Int16ub, Int32ub, Int64ub, Struct, this
+
+from ..errors import CorruptImageError
+from .geometry import round_up
+from .limits import MAX_SNAPSHOT_EXTRA_DATA
+
+_ENTRY = Struct(
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_size" / Int16ub,
+    "name_size" / Int16ub,
+    "date_sec" / Int32ub,
+    "date_nsec" / Int32ub,
+    "vm_clock_nsec" / Int64ub,
+    "vm_state_size" / Int32ub,
+    "extra_data_size" / Int32ub,
+)
+FIXED_LENGTH = _ENTRY.sizeof()
+MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_SNAPSHOT_EXTRA_DATA + 2 * 0xFFFF, 8)
+
+_TAIL = Struct("extra_data" / Bytes(this._.extra), "id" / Bytes(this._.id), "name" / Bytes(this._.name))
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotEntry:
+    """One internal snapshot. `l1_size` counts entries, `date_*` and `vm_clock_nsec` are as in the specification."""
+
+    l1_table_offset: int
+    l1_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    vm_state_size: int
+    extra_data: bytes
+    id: bytes
+    name: bytes
+    padding: bytes = b""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the entry in the table, padding included."""
+        return round_up(FIXED_LENGTH + len(self.extra_data) + len(self.id) + len(self.name), 8)
+
+    @property
+    def virtual_size(self) -> int | None:
+        """Disk size when the snapshot was taken, in bytes, if the extra data says it."""
+        return int.from_bytes(self.extra_data[8:16], "big") if len(self.extra_data) >= 16 else None
+
+    @property
+    def full_vm_state_size(self) -> int:
+        """Bytes of VM state: the 64-bit field of the extra data where there is one."""
+        return int.from_bytes(self.extra_data[:8], "big") if len(self.extra_data) >= 8 else self.vm_state_size
+
+    def build(self) -> bytes:
+        """The entry's bytes, padded with what was there or with zeroes."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        head: bytes = _ENTRY.build(
+            fields | {"id_size": len(self.id), "name_size": len(self.name), "extra_data_size": len(self.extra_data)}
+        )
+        body = head + self.extra_data + self.id + self.name
+        return body + (self.padding or bytes(-len(body) % 8))
+
+
+def parse_snapshot(data: bytes, offset: int = 0) -> SnapshotEntry:
+    """The entry at `offset` of a snapshot table; the last entry of a table may lack its padding.
+
+    Raises:
+        CorruptImageError: the entry goes past the end of `data` or has more than 1024 bytes of extra data.
+    """
+    try:
+        head = dict(_ENTRY.parse(data[offset : offset + FIXED_LENGTH]))
+        extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
+        del head["_io"]
+        if extra > MAX_SNAPSHOT_EXTRA_DATA:
+            raise CorruptImageError(f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}")
+        length = FIXED_LENGTH + extra + id_size + name_size
+        tail = _TAIL.parse(data[offset + FIXED_LENGTH : offset + length], extra=extra, id=id_size, name=name_size)
+    except ConstructError:
+        raise CorruptImageError(f"the snapshot table ends within its entry at {offset:#x}") from None
+    padding = data[offset + length : offset + round_up(length, 8)]
+    return SnapshotEntry(
+        **head, extra_data=bytes(tail.extra_data), id=bytes(tail.id), name=bytes(tail.name), padding=padding
+    )
+
+
+def parse_snapshots(data: bytes, count: int) -> Iterator[SnapshotEntry]:
+    """The first `count` entries of a table; raises as `parse_snapshot` does."""
+    offset = 0
+    for _ in range(count):
+        entry = parse_snapshot(data, offset)
+        yield entry
+        offset += entry.size

@@ -1,0 +1,129 @@
+"""Positional reads, writes and barriers on one regular file or block device.
+
+The only place that opens anything. A name is opened once and kept open: locks belong to this open file description,
+and a name that is opened twice may be two different files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Self
+
+from ..errors import ImageIOError, NotQcow2Error, TruncatedImageError, naming
+from ..format.limits import MAX_CLUSTER_BITS
+
+_SLACK = 1 << MAX_CLUSTER_BITS
+"""A structure may end in a cluster that the file holds only in part.
+
+QEMU reads zeroes there, and so do we, up to one cluster.
+"""
+
+
+class ImageFile:
+    """An open image file. Use `ImageFile.open`; offsets and lengths are in bytes.
+
+    Attributes:
+        fd: the file descriptor, which also carries the locks.
+        size: length of the file or device; follows writes and truncation.
+        is_device: True for a block device, whose size is fixed.
+    """
+
+    def __init__(self, fd: int, path: Path, *, writable: bool, size: int, is_device: bool) -> None:
+        self.fd = fd
+        self.path = path
+        self.writable = writable
+        self.size = size
+        self.is_device = is_device
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> Self:
+        """Open a regular file or a block device.
+
+        Raises:
+            ImageIOError: it cannot be opened.
+            NotQcow2Error: it is a directory, a FIFO, a socket or a character device.
+        """
+        name = Path(path)
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+        with naming(name):
+            try:
+                fd = os.open(name, flags)
+            except IsADirectoryError:
+                raise NotQcow2Error("is a directory, not a qcow2 image") from None
+            try:
+                mode = os.fstat(fd).st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                    raise NotQcow2Error("is neither a regular file nor a block device")
+                size = os.lseek(fd, 0, os.SEEK_END)
+            except BaseException:
+                os.close(fd)
+                raise
+            return cls(fd, name, writable=writable, size=size, is_device=stat.S_ISBLK(mode))
+
+    def close(self) -> None:
+        """Close the file, which also drops its locks."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`; what lies less than a cluster past the end of the file is zeroes.
+
+        Raises:
+            TruncatedImageError: the range lies outside the file. Nothing is allocated on the word of such a range.
+        """
+        if length and (offset >= self.size or offset + length > self.size + _SLACK):
+            raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
+        data = os.pread(self.fd, length, offset)
+        if len(data) == length:
+            return data
+        parts = [data]
+        got = len(data)
+        while got < length and data:
+            data = os.pread(self.fd, length - got, offset + got)
+            parts.append(data)
+            got += len(data)
+        return b"".join(parts) + bytes(length - got)
+
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write all of `data` at `offset`; durable only after the next `barrier`."""
+        view = memoryview(data).cast("B")
+        while view:
+            written = os.pwrite(self.fd, view, offset)
+            if written == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            view, offset = view[written:], offset + written
+        if not self.is_device:
+            self.size = max(self.size, offset)
+
+    def barrier(self) -> None:
+        """Everything written so far reaches the disk before anything written later.
+
+        fdatasync, which covers the file size.
+
+        Raises:
+            ImageIOError: the flush failed. What is on the disk is then unknown: nothing more may be written.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise ImageIOError(
+                f"flushing failed ({os.strerror(error.errno or errno.EIO)}): what reached the disk is unknown",
+                hint="check the disk, then run `qcow2bm qemu-img check` on the image",
+            ) from error
+
+    def truncate(self, size: int) -> None:
+        """Cut a regular file back to `size`, or extend it with a hole."""
+        os.ftruncate(self.fd, size)
+        self.size = size
+
+    def free_space(self) -> int | None:
+        """Bytes the file can still grow by, or None when that cannot be told."""
+        if self.is_device:
+            return 0
+        status = os.fstatvfs(self.fd)
+        return status.f_bavail * status.f_frsize

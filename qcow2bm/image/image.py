@@ -1,0 +1,217 @@
+"""An open qcow2 image: its file, its locks, its header and extensions.
+
+Opening reads the first cluster and nothing else; nothing the image names (backing file, data file) is ever opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from ..errors import CorruptImageError, LockingUnavailableError, TruncatedImageError, UnsupportedImageError, naming
+from ..format.extensions import CryptoHeaderPointer, ExtensionArea, ExtensionType
+from ..format.geometry import Geometry
+from ..format.header import MAGIC, Header, Incompatible
+from ..format.limits import MAX_CLUSTER_BITS, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS
+from ..format.snapshot_table import MAX_ENTRY_LENGTH, SnapshotEntry, parse_snapshot
+from . import lock
+from .file import ImageFile
+from .undo import has_journal, roll_back_interrupted
+
+OpenFile = Callable[..., ImageFile]
+
+_FIXED_HEADER = 104
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTable:
+    """The internal snapshots and where their table lies, in bytes."""
+
+    offset: int
+    length: int
+    entries: tuple[SnapshotEntry, ...]
+
+
+class Qcow2Image:
+    """A qcow2 image. Open it with `Qcow2Image.open`; use it as a context manager.
+
+    Attributes:
+        file: the open file.
+        header: the parsed header.
+        extensions: the header extensions with their offsets.
+        geometry: index arithmetic.
+        head: the bytes of the first cluster as far as the file has them.
+        locked: False if no lock protects what is read: it may be stale.
+        rolled_back: True if opening found a change that a crash had cut short, and undid it.
+    """
+
+    def __init__(
+        self, file: ImageFile, head: bytes, header: Header, extensions: ExtensionArea, *, locked: bool
+    ) -> None:
+        self.file = file
+        self.head = head
+        self.header = header
+        self.extensions = extensions
+        self.geometry: Geometry = header.geometry
+        self.locked = locked
+        self.rolled_back = False
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        force_share: bool = False,
+        use_locks: bool = True,
+        open_file: OpenFile = ImageFile.open,
+    ) -> Self:
+        """Open an image and take QEMU's locks on it: as a reader, or as the only writer.
+
+        Args:
+            writable: refuses an image that another process reads or writes, or that must not be written.
+            force_share: read an image although a VM writes to it; what is seen may be stale.
+            use_locks: False takes no locks at all: the caller knows that no VM runs.
+            open_file: opens the file; tests put a recording one here.
+
+        Raises:
+            NotQcow2Error, CorruptImageError, UnsupportedImageError: what is wrong with the header.
+            InUseError: a conflicting lock is held.
+            LockingUnavailableError: `writable` on a file system without locks.
+            ImageIOError: the operating system refused.
+        """
+        file = open_file(path, writable=writable)
+        try:
+            with naming(file.path):
+                locked = use_locks and _take_locks(file, writable=writable, force_share=force_share)
+                rolled_back = _settle_interrupted(file, writable=writable)
+                image = cls(file, *read_head(file), locked=locked and not force_share)
+                image.rolled_back = rolled_back
+                if writable:
+                    image.require_writable()
+                return image
+        except BaseException:
+            file.close()
+            raise
+
+    def reload(self) -> None:
+        """Read header and extensions again, after a commit has changed them."""
+        with naming(self.file.path):
+            self.head, self.header, self.extensions = read_head(self.file)
+            self.geometry = self.header.geometry
+
+    def close(self) -> None:
+        """Close the file and drop the locks."""
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def require_writable(self) -> None:
+        """Refuse what the specification forbids to write to.
+
+        Raises: UnsupportedImageError: the corrupt bit is set, or the dirty bit, which means that the refcounts are
+            not to be trusted.
+        """
+        if self.header.incompatible_features & Incompatible.CORRUPT:
+            raise UnsupportedImageError(
+                "it is marked corrupt and must not be written to", hint="`qcow2bm qemu-img check -r all` repairs it"
+            )
+        if self.header.incompatible_features & Incompatible.DIRTY:
+            raise UnsupportedImageError(
+                "it is marked dirty: its refcounts were left behind by a crash",
+                hint="`qcow2bm qemu-img check -r all` brings them up to date",
+            )
+
+    @property
+    def crypto_header(self) -> CryptoHeaderPointer | None:
+        """Where the LUKS header lies, if there is one."""
+        extension = self.extensions.find(ExtensionType.CRYPTO_HEADER)
+        return None if extension is None else CryptoHeaderPointer.parse(extension.data)
+
+    @property
+    def backing_file(self) -> str | None:
+        """The backing file's name as the image has it. It is data: nothing opens it."""
+        if not self.header.backing_file_offset:
+            return None
+        start = self.header.backing_file_offset
+        name = self.head[start : start + self.header.backing_file_size]
+        return name.decode("utf-8", "surrogateescape") or None
+
+    def snapshots(self) -> SnapshotTable:
+        """The internal snapshots.
+
+        Read entry by entry, so that no size in the file is believed before its bytes are there.
+
+        Raises:
+            CorruptImageError: the table breaks the format or QEMU's limits.
+        """
+        count, offset = self.header.nb_snapshots, self.header.snapshots_offset
+        if count > MAX_SNAPSHOTS:
+            raise CorruptImageError(f"the image says it has {count} snapshots, above {MAX_SNAPSHOTS}")
+        entries = tuple(self._read_snapshots(count, offset)) if count else ()
+        return SnapshotTable(offset, sum(entry.size for entry in entries), entries)
+
+    def _read_snapshots(self, count: int, offset: int) -> Iterator[SnapshotEntry]:
+        window, base = b"", offset
+        at = offset
+        for _ in range(count):
+            if at - offset > MAX_SNAPSHOT_TABLE_BYTES:
+                raise CorruptImageError("the snapshot table is above 64 MiB")
+            if len(window) - (at - base) < MAX_ENTRY_LENGTH:
+                window, base = self._read_present(at, 4 * MAX_ENTRY_LENGTH), at
+            entry = parse_snapshot(window, at - base)
+            at += entry.size
+            yield entry
+
+    def _read_present(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset`: what the file has of them."""
+        present = min(length, self.file.size - offset)
+        if present <= 0:
+            raise TruncatedImageError(f"the snapshot table at {offset:#x} lies outside the file")
+        return self.file.read_at(offset, present)
+
+
+def _take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
+    mode = lock.LockMode.WRITER if writable else lock.LockMode.READER
+    if force_share:
+        mode = lock.LockMode.FORCED_READER
+    try:
+        lock.acquire(file.fd, mode)
+    except LockingUnavailableError:
+        if writable:
+            raise
+        return False
+    return True
+
+
+def _settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
+    """Roll back what a crash cut short, or refuse to read an image in that state."""
+    if writable:
+        return roll_back_interrupted(file)
+    if has_journal(file):
+        raise UnsupportedImageError(
+            "a change was cut short by a crash", hint="the next command that opens the image for writing rolls it back"
+        )
+    return False
+
+
+def read_head(file: ImageFile) -> tuple[bytes, Header, ExtensionArea]:
+    """The first cluster, and the header and extensions in it; raises as `Qcow2Image.open` does."""
+    start = file.read_at(0, min(_FIXED_HEADER, file.size))
+    cluster_bits = int.from_bytes(start[20:24], "big")
+    if start[:4] == MAGIC and MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        start = file.read_at(0, min(1 << cluster_bits, file.size))
+    header = Header.parse(start)
+    header.validate()
+    limit = header.backing_file_offset or header.geometry.cluster_size
+    head = start + bytes(header.geometry.cluster_size - len(start))
+    return head, header, ExtensionArea.parse(head, len(header.build()), limit)

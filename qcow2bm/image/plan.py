@@ -1,0 +1,121 @@
+"""A plan: everything a change would write, as a value.
+
+Features compute plans and never write. The commit engine carries a plan out, a dry run prints it, the undo file
+keeps what it replaces, the proof looks at which clusters it touches, and the tests take it apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+SECTOR = 512
+"""Bytes that reach a disk all or none, the unit of the crash model."""
+
+Data = bytes | Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`length` bytes at `offset`.
+
+    Attributes: data: the bytes, or how to make them when they are written: bulk data is never held for a whole
+        plan. old: what is there now, checked before it is overwritten. None for a cluster that is free: its content
+        means nothing.
+    """
+
+    offset: int
+    length: int
+    data: Data
+    purpose: str
+    old: bytes | None = None
+
+    @classmethod
+    def replace(cls, offset: int, old: bytes, new: bytes, purpose: str) -> Write:
+        """Overwrite bytes of a structure that is in use."""
+        return cls(offset, len(new), new, purpose, old)
+
+    @classmethod
+    def fresh(cls, offset: int, data: bytes, purpose: str) -> Write:
+        """Fill clusters that are free."""
+        return cls(offset, len(data), data, purpose)
+
+    @property
+    def end(self) -> int:
+        """Offset after the last byte."""
+        return self.offset + self.length
+
+    def read(self) -> bytes:
+        """The bytes to write."""
+        return self.data() if callable(self.data) else self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Writes that may reach the disk in any order; a barrier follows them.
+
+    Attributes: atomic: all or none of the writes may be seen after a crash. Where they do not lie in one sector a
+        journal takes care of it.
+    """
+
+    name: str
+    writes: tuple[Write, ...]
+    atomic: bool = False
+
+    @property
+    def fits_a_sector(self) -> bool:
+        """True if the disk itself keeps the stage whole."""
+        sectors = {write.offset // SECTOR for write in self.writes} | {
+            (write.end - 1) // SECTOR for write in self.writes
+        }
+        return len(sectors) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages in order, and what the image is before and after.
+
+    Attributes: commit_stage: index of the stage that makes the new state the valid one. Before it the old state is,
+        so a failure rolls back. size_before, size_after: file length in bytes. freed: numbers of the clusters that
+        nothing uses any more once the plan is done. summary: what the change does, a line per edit.
+    """
+
+    cluster_size: int
+    size_before: int
+    size_after: int
+    stages: tuple[Stage, ...] = ()
+    commit_stage: int = 0
+    freed: frozenset[int] = field(default_factory=frozenset)
+    summary: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.stages)
+
+    def __str__(self) -> str:
+        lines = list(self.summary) or ["nothing to do"]
+        for number, stage in enumerate(self.stages, 1):
+            mark = " (the new state becomes the valid one)" if number - 1 == self.commit_stage else ""
+            lines.append(f"stage {number}: {stage.name}{mark}")
+            lines += [f"  {write.offset:#014x} {write.length:>9}  {write.purpose}" for write in stage.writes]
+        lines.append(f"{self.bytes_written} bytes written, the file grows by {self.growth} bytes")
+        return "\n".join(lines)
+
+    def writes(self) -> Iterator[Write]:
+        """All writes, in order."""
+        for stage in self.stages:
+            yield from stage.writes
+
+    @property
+    def growth(self) -> int:
+        """Bytes the file grows by."""
+        return self.size_after - self.size_before
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes all stages write together."""
+        return sum(write.length for write in self.writes())
+
+    @property
+    def needs_journal(self) -> bool:
+        """True if a stage that must be all or nothing is more than the disk keeps whole."""
+        return any(stage.atomic and not stage.fits_a_sector for stage in self.stages)

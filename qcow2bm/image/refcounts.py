@@ -1,0 +1,308 @@
+"""Refcounts: reading them, and planning which clusters to take and to give back.
+
+A plan's order keeps the refcount on disk at or above the number of references at every moment: too high is a leak,
+too low is lost data later. So what is taken is counted in the first stage, long before anything refers to it, and
+what is given back in the last. A new refcount block lies in the range it describes itself, so the one entry that
+links it into the refcount table needs no other.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from bitarray.util import intervals
+
+from ..errors import CorruptImageError, NoSpaceError, ProofError
+from ..format.entries import (
+    get_refcount,
+    refcount_block_offset,
+    set_refcount,
+    table_bytes,
+    table_entries,
+    used_clusters,
+)
+from ..format.geometry import div_up
+from ..format.header import REFCOUNT_TABLE_FIELDS
+from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
+from .image import Qcow2Image
+from .plan import SECTOR, Write
+
+
+class Refcounts:
+    """The refcounts as they are on disk. Reads the refcount table once, and blocks when they are asked for."""
+
+    def __init__(self, image: Qcow2Image) -> None:
+        self._image = image
+        self._table: array[int] | None = None
+        self._blocks: dict[int, bytes] = {}
+
+    @property
+    def table(self) -> array[int]:
+        """The refcount table's entries.
+
+        Raises:
+            TruncatedImageError: it lies outside the file.
+        """
+        if self._table is None:
+            header, geometry = self._image.header, self._image.geometry
+            length = header.refcount_table_clusters * geometry.cluster_size
+            self._table = table_entries(self._image.file.read_at(header.refcount_table_offset, length))
+        return self._table
+
+    def block_offset(self, index: int) -> int:
+        """Host offset of refcount block `index`, 0 if there is none.
+
+        Raises:
+            CorruptImageError: the refcount table entry is not aligned.
+        """
+        offset = refcount_block_offset(self.table[index]) if index < len(self.table) else 0
+        if not self._image.geometry.is_aligned(offset):
+            raise CorruptImageError(f"refcount table entry {index} is not cluster-aligned")
+        return offset
+
+    def read_block(self, index: int) -> bytes | None:
+        """The bytes of refcount block `index`, not kept.
+
+        None if there is none. Raises as `block_offset` and for one outside the file.
+        """
+        offset = self.block_offset(index)
+        return self._image.file.read_at(offset, self._image.geometry.cluster_size) if offset else None
+
+    def get(self, cluster: int) -> int:
+        """The refcount of a cluster; 0 where there is no block."""
+        index, within = divmod(cluster, self._image.geometry.refcounts_per_block)
+        if index not in self._blocks:
+            self._blocks[index] = self.read_block(index) or b""
+        block = self._blocks[index]
+        return get_refcount(block, within, self._image.header.refcount_order) if block else 0
+
+    def free_runs(self) -> Iterator[tuple[int, int]]:
+        """Runs (first cluster, clusters) whose refcount is 0, from the lowest on.
+
+        Each within one refcount block's range, without end.
+        """
+        per_block = self._image.geometry.refcounts_per_block
+        index = 0
+        while True:
+            block = self.read_block(index) if index < len(self.table) else None
+            for start, stop in _zero_intervals(block, self._image.header.refcount_order, per_block):
+                yield index * per_block + start, stop - start
+            index += 1
+
+
+def _zero_intervals(block: bytes | None, order: int, count: int) -> Iterator[tuple[int, int]]:
+    if block is None:
+        yield 0, count
+        return
+    used = used_clusters(block, order)
+    if not used.all():
+        yield from ((start, stop) for value, start, stop in intervals(used) if not value)
+
+
+class Allocator:
+    """Collects what a plan takes and gives back, then says which refcount writes that means.
+
+    First fit: the lowest free cluster that does. A cluster that the plan gives back is not taken again by the same
+    plan, because until the last stage the old state still needs it.
+    """
+
+    def __init__(self, image: Qcow2Image, refcounts: Refcounts) -> None:
+        self._image = image
+        self._refcounts = refcounts
+        self._unread = refcounts.free_runs()
+        self._runs: list[tuple[int, int]] = []
+        self._taken: set[int] = set()
+        self._new_blocks: dict[int, int] = {}
+        self._new_table: int | None = None
+        self._table_clusters = image.header.refcount_table_clusters
+        self.freed: set[int] = set()
+
+    @property
+    def highest(self) -> int:
+        """The highest cluster taken, or -1."""
+        return max(self._taken, default=-1)
+
+    def take(self, count: int = 1) -> int:
+        """Offset of `count` contiguous free clusters, which are now taken."""
+        geometry = self._image.geometry
+        while True:
+            begin, last = self._find(count)
+            first = self._runs[begin][0]
+            blocks = range(
+                first // geometry.refcounts_per_block, (first + count - 1) // geometry.refcounts_per_block + 1
+            )
+            missing = next(
+                (i for i in blocks if i not in self._new_blocks and not self._refcounts.block_offset(i)), None
+            )
+            if missing is None:
+                return geometry.offset_of(self._reserve(begin, last, count))
+            self._add_block(missing)
+
+    def free(self, offset: int, length: int) -> None:
+        """Give back the clusters that hold `length` bytes at `offset`.
+
+        Raises:
+            ProofError: a refcount is not exactly one, or a cluster is given back twice.
+        """
+        geometry = self._image.geometry
+        first = geometry.cluster_of(offset)
+        for cluster in range(first, geometry.cluster_of(offset + length - 1) + 1):
+            count = self._refcounts.get(cluster)
+            if count != 1 or cluster in self.freed:
+                what = "is used twice" if cluster in self.freed else f"has refcount {count} instead of 1"
+                raise ProofError(f"the cluster at {geometry.offset_of(cluster):#x} {what}")
+            self.freed.add(cluster)
+
+    def _find(self, count: int) -> tuple[int, int]:
+        """Indices of the first and last of touching runs, the first that hold `count` clusters together."""
+        begin, index, length, end = 0, 0, 0, -1
+        while True:
+            if index == len(self._runs):
+                self._runs.append(next(self._unread))
+            first, clusters = self._runs[index]
+            if first != end:
+                begin, length = index, 0
+            length, end = length + clusters, first + clusters
+            if length >= count:
+                return begin, index
+            index += 1
+
+    def _reserve(self, begin: int, last: int, count: int) -> int:
+        """Take `count` clusters from the start of runs `begin`..`last`; returns the first."""
+        first = self._runs[begin][0]
+        end = sum(self._runs[last])
+        stop = first + count
+        self._runs[begin : last + 1] = [(stop, end - stop)] if stop < end else []
+        self._taken.update(range(first, stop))
+        return first
+
+    def _add_block(self, index: int) -> None:
+        """Put a new refcount block into the first free cluster of the range it describes."""
+        base = index * self._image.geometry.refcounts_per_block
+        place = next(place for place, run in enumerate(self._runs) if run[0] >= base)
+        self._new_blocks[index] = self._reserve(place, place, 1)
+
+    def finish(self) -> None:
+        """Make room in the refcount table for the new blocks; call once, after the last `take`.
+
+        Raises:
+            NoSpaceError: the table would be above 8 MiB.
+        """
+        entries = max(self._new_blocks, default=-1) + 1
+        if entries <= len(self._refcounts.table):
+            return
+        geometry = self._image.geometry
+        # The table's own clusters may need blocks too, a few at most: room for them, and half as much again for later.
+        per_cluster = geometry.cluster_size // 8
+        entries += div_up(entries, per_cluster) // geometry.refcounts_per_block + 2
+        clusters = div_up(entries + entries // 2, per_cluster)
+        if clusters * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            clusters = div_up(entries, per_cluster)
+        if clusters * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            raise NoSpaceError("the refcount table would grow above 8 MiB", hint="convert the image to larger clusters")
+        self._new_table = self.take(clusters)
+        self._table_clusters = clusters
+        header = self._image.header
+        self.free(header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_size)
+
+    # The writes, in the order in which a plan has them.
+
+    def prepare(self) -> list[Write]:
+        """Count what is taken: existing blocks in place, new blocks and a new table in free clusters."""
+        geometry = self._image.geometry
+        writes: list[Write] = []
+        for index, members in _by_block(self._taken, geometry.refcounts_per_block).items():
+            if index in self._new_blocks:
+                block = bytearray(geometry.cluster_size)
+                for within in members:
+                    set_refcount(block, within, geometry.refcount_order, 1)
+                offset = geometry.offset_of(self._new_blocks[index])
+                writes.append(Write.fresh(offset, bytes(block), f"new refcount block {index}"))
+            else:
+                old = self._refcounts.read_block(index) or b""
+                writes += self._update(index, old, members, 1, "count new clusters")
+        if self._new_table is not None:
+            table = table_bytes(self._table_with_new_blocks())
+            writes.append(Write.fresh(self._new_table, table, "new refcount table"))
+        return writes
+
+    def link(self) -> list[Write]:
+        """Make new blocks valid: their entries in the refcount table, or the header fields of a new table."""
+        header = self._image.header
+        if self._new_table is not None:
+            start, end = REFCOUNT_TABLE_FIELDS, REFCOUNT_TABLE_FIELDS + 12
+            new = self._new_table.to_bytes(8, "big") + self._table_clusters.to_bytes(4, "big")
+            return [Write.replace(start, self._image.head[start:end], new, "header: the new refcount table")]
+        return [
+            Write.replace(
+                header.refcount_table_offset + 8 * index,
+                self._refcounts.table[index].to_bytes(8, "big"),
+                self._image.geometry.offset_of(cluster).to_bytes(8, "big"),
+                f"refcount table: block {index}",
+            )
+            for index, cluster in sorted(self._new_blocks.items())
+        ]
+
+    def release(self) -> list[Write]:
+        """Set the refcounts of what is given back to zero, on top of what `prepare` wrote."""
+        geometry = self._image.geometry
+        taken = _by_block(self._taken, geometry.refcounts_per_block)
+        writes: list[Write] = []
+        for index, members in _by_block(self.freed, geometry.refcounts_per_block).items():
+            block = bytearray(self._refcounts.read_block(index) or b"")
+            for within in taken.get(index, ()):
+                set_refcount(block, within, geometry.refcount_order, 1)
+            writes += self._update(index, bytes(block), members, 0, "give clusters back")
+        return writes
+
+    def _update(self, index: int, old: bytes, members: list[int], value: int, purpose: str) -> Iterator[Write]:
+        """Replace refcounts of one block; bytes that lie close together become one write."""
+        new = bytearray(old)
+        order = self._image.header.refcount_order
+        touched = [set_refcount(new, within, order, value) for within in members]
+        width = max(1, (1 << order) // 8)
+        offset = self._refcounts.block_offset(index)
+        for start, stop in _joined(touched, width):
+            yield Write.replace(
+                offset + start, old[start:stop], bytes(new[start:stop]), f"refcount block {index}: {purpose}"
+            )
+
+    def _table_with_new_blocks(self) -> array[int]:
+        table = array("Q", self._refcounts.table)
+        table.extend([0] * (self._table_clusters * self._image.geometry.cluster_size // 8 - len(table)))
+        for index, cluster in self._new_blocks.items():
+            table[index] = self._image.geometry.offset_of(cluster)
+        return table
+
+    def size_after(self) -> int:
+        """File length once everything taken is written, in bytes.
+
+        Raises:
+            NoSpaceError: a block device is too small for it.
+        """
+        file = self._image.file
+        needed = self._image.geometry.offset_of(self.highest + 1)
+        if file.is_device and needed > file.size:
+            raise NoSpaceError(f"the device has {file.size} bytes, the change needs {needed}", hint="extend the device")
+        return max(file.size, needed)
+
+
+def _by_block(clusters: set[int], per_block: int) -> dict[int, list[int]]:
+    """Block index to the indices of clusters within it, sorted."""
+    blocks: dict[int, list[int]] = {}
+    for cluster in sorted(clusters):
+        index, within = divmod(cluster, per_block)
+        blocks.setdefault(index, []).append(within)
+    return blocks
+
+
+def _joined(offsets: list[int], width: int) -> Iterator[tuple[int, int]]:
+    """Sorted byte offsets of `width` bytes each as ranges; gaps below a sector are bridged."""
+    start, stop = offsets[0], offsets[0] + width
+    for offset in offsets[1:]:
+        if offset - stop >= SECTOR:
+            yield start, stop
+            start = offset
+        stop = offset + width
+    yield start, stop

@@ -1,0 +1,82 @@
+"""What refers to which host clusters, apart from guest data: the image's own structures as ranges with an owner.
+
+The proof asks whether a cluster has other owners, the usage summary how much each kind takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from ..errors import RUN_CHECK, CorruptImageError
+from ..format.entries import l1_offset, refcount_block_offset
+from .image import Qcow2Image
+from .mapping import read_l1
+from .refcounts import Refcounts
+
+
+class Kind(Enum):
+    """Kinds of clusters, as `info` lists them."""
+
+    HEADER = "header"
+    REFCOUNTS = "refcounts"
+    L1_TABLES = "l1-tables"
+    L2_TABLES = "l2-tables"
+    SNAPSHOT_TABLE = "snapshot-table"
+    ENCRYPTION_HEADER = "encryption-header"
+    BITMAPS = "bitmaps"
+    GUEST_DATA = "guest-data"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """`owner`, of one kind, uses `length` bytes at host offset `offset`."""
+
+    offset: int
+    length: int
+    kind: Kind
+    owner: str
+
+
+def structures(image: Qcow2Image, refcounts: Refcounts) -> Iterator[Reference]:
+    """Header, refcount table and blocks, encryption header."""
+    header, geometry = image.header, image.geometry
+    yield Reference(0, geometry.cluster_size, Kind.HEADER, "the header")
+    table_bytes = header.refcount_table_clusters * geometry.cluster_size
+    yield Reference(header.refcount_table_offset, table_bytes, Kind.REFCOUNTS, "the refcount table")
+    for index, entry in enumerate(refcounts.table):
+        offset = refcount_block_offset(entry)
+        if offset:
+            yield Reference(offset, geometry.cluster_size, Kind.REFCOUNTS, f"refcount block {index}")
+    crypto = image.crypto_header
+    if crypto is not None:
+        yield Reference(crypto.offset, crypto.length, Kind.ENCRYPTION_HEADER, "the encryption header")
+
+
+def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Reference]:
+    """The snapshot table, every L1 table and every L2 table, once for each L1 entry that names it.
+
+    Args:
+        tables: is filled with the offset of each L2 table and the index of the first L1 entry that names it.
+
+    Raises: CorruptImageError: an L1 table or the snapshot table cannot be read, or names an L2 table that is not
+        cluster-aligned.
+    """
+    header = image.header
+    roots = [(header.l1_table_offset, header.l1_size, "the active L1 table")]
+    snapshots = image.snapshots()
+    yield Reference(snapshots.offset, snapshots.length, Kind.SNAPSHOT_TABLE, "the snapshot table")
+    for entry in snapshots.entries:
+        owner = f"the L1 table of snapshot {entry.id.decode('utf-8', 'replace')}"
+        roots.append((entry.l1_table_offset, entry.l1_size, owner))
+    for offset, size, owner in roots:
+        yield Reference(offset, size * 8, Kind.L1_TABLES, owner)
+        for index, value in enumerate(read_l1(image, offset, size)):
+            table = l1_offset(value)
+            if not table:
+                continue
+            if not image.geometry.is_aligned(table):
+                raise CorruptImageError(f"an L2 table at {table:#x} is not cluster-aligned", hint=RUN_CHECK)
+            tables.setdefault(table, index)
+            yield Reference(table, image.geometry.cluster_size, Kind.L2_TABLES, f"an L2 table ({owner}, index {index})")

@@ -1,0 +1,334 @@
+"""Undo files: what a plan replaces, written down and flushed before the first byte is overwritten.
+
+The same file is the journal. While a plan runs it says "in progress", and after a crash whoever opens the image for
+writing rolls it back; once the plan is done it says "complete", and the user may put the old bytes back as long as
+nobody has touched the image since.
+
+Layout (little-endian, each part with its own CRC-32C): one 512-byte header, which a disk writes whole, so that the
+state changes at one moment; then the records, each a fixed head, the old bytes (none if they were all zero) and,
+where a structure in use is rewritten, the new ones: by them the file recognises its image, also one that a crash
+left half-way.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Self
+
+from construct import Bytes, Const, ConstructError, Int32ul, Int64sl, Int64ul, Padded, Struct
+
+from ..errors import UndoError, from_os_error
+from .file import ImageFile
+from .plan import SECTOR, Plan, Write
+
+JOURNAL_SUFFIX = ".qcow2bm-journal"
+
+
+class State(IntEnum):
+    """How far the change an undo file belongs to has come."""
+
+    IN_PROGRESS = 1
+    COMPLETE = 2
+    UNDONE = 3
+
+
+_MAGIC = b"QCOW2BM undo 1\n\0"
+_FIELDS = Struct(
+    "state" / Int32ul,
+    "head_crc" / Int32ul,
+    "size_before" / Int64ul,
+    "size_after" / Int64ul,
+    "mtime_ns" / Int64sl,
+    "records" / Int64ul,
+)
+_HEADER = Padded(SECTOR, Struct("magic" / Const(_MAGIC), "fields" / Bytes(_FIELDS.sizeof()), "crc" / Int32ul))
+_RECORD = Struct(
+    "offset" / Int64ul, "length" / Int64ul, "old_stored" / Int64ul, "new_stored" / Int64ul, "crc" / Int32ul
+)
+_CRC = Int32ul
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """The header of an undo file. `head_crc` is over the image's first sector after the change."""
+
+    state: State
+    head_crc: int
+    size_before: int
+    size_after: int
+    mtime_ns: int
+    records: int
+
+    def build(self) -> bytes:
+        fields: bytes = _FIELDS.build({name: int(getattr(self, name)) for name in self.__slots__})
+        built: bytes = _HEADER.build({"fields": fields, "crc": _crc(fields)})
+        return built
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What one write replaces. `new` is empty where free clusters were filled."""
+
+    offset: int
+    old: bytes
+    new: bytes
+
+
+def _crc(data: bytes, value: int = 0) -> int:
+    from crc32c import crc32c
+
+    return crc32c(data, value)
+
+
+def journal_path(image: Path) -> Path:
+    """Where a change that needs a journal keeps it when the user names no undo file."""
+    return image.with_name(image.name + JOURNAL_SUFFIX)
+
+
+class UndoWriter:
+    """Writes the undo file of one plan. `create` leaves it flushed and "in progress"."""
+
+    def __init__(self, fd: int, path: Path, summary: _Summary) -> None:
+        self._fd = fd
+        self.path = path
+        self._summary = summary
+
+    @classmethod
+    def create(cls, path: Path, image: ImageFile, plan: Plan) -> UndoWriter:
+        """Write down what `plan` replaces in `image`.
+
+        Raises:
+            UndoError: the file exists already or cannot be written.
+        """
+        mode = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, mode)
+        except OSError as error:
+            raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        summary = _Summary(State.IN_PROGRESS, 0, image.size, plan.size_after, 0, 0)
+        writer = cls(fd, path, summary)
+        try:
+            writer._fill(image, plan)
+        except OSError as error:
+            writer.discard()
+            raise UndoError(f"cannot write the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        except BaseException:
+            writer.discard()
+            raise
+        return writer
+
+    def _fill(self, image: ImageFile, plan: Plan) -> None:
+        at = SECTOR
+        count = 0
+        for write in plan.writes():
+            old_length = min(write.end, image.size) - write.offset
+            if old_length > 0:
+                record = _encode(image, write, old_length)
+                _write_all(self._fd, record, at)
+                at += len(record)
+                count += 1
+        self._summary = replace(self._summary, records=count)
+        _write_all(self._fd, self._summary.build(), 0)
+        os.fsync(self._fd)
+        _sync_directory(self.path)
+
+    def complete(self, image: ImageFile) -> None:
+        """Say that the plan is done and what the image looks like now."""
+        mtime = os.fstat(image.fd).st_mtime_ns
+        _write_state(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **_now(image)))
+        os.close(self._fd)
+
+    def discard(self) -> None:
+        """Remove the file: the plan was rolled back, or its journal is not wanted."""
+        os.close(self._fd)
+        self.path.unlink(missing_ok=True)
+        _sync_directory(self.path)
+
+
+def _now(image: ImageFile) -> dict[str, int]:
+    return {"head_crc": _crc(image.read_at(0, SECTOR)), "size_after": image.size}
+
+
+def _encode(image: ImageFile, write: Write, old_length: int) -> bytes:
+    old = image.read_at(write.offset, old_length)
+    stored = old if any(old) else b""
+    new = write.read()[:old_length] if write.old is not None else b""
+    head: bytes = _RECORD.build(
+        {
+            "offset": write.offset,
+            "length": old_length,
+            "old_stored": len(stored),
+            "new_stored": len(new),
+            "crc": _crc(new, _crc(stored)),
+        }
+    )
+    return head + _CRC.build(_crc(head)) + stored + new
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _write_state(fd: int, summary: _Summary) -> None:
+    _write_all(fd, summary.build(), 0)
+    os.fsync(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class UndoFile:
+    """An undo file opened to put the old bytes back. Use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and read the summary.
+
+        Raises:
+            UndoError: it is no undo file, or a damaged one.
+        """
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise UndoError(f"cannot open the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        try:
+            self._summary = self._read_summary()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    @property
+    def state(self) -> State:
+        """How far the change has come."""
+        return self._summary.state
+
+    def _read_summary(self) -> _Summary:
+        try:
+            header = _HEADER.parse(os.pread(self._fd, SECTOR, 0))
+            fields = dict(_FIELDS.parse(header.fields))
+            del fields["_io"]
+            if _crc(header.fields) != header.crc:
+                raise UndoError(f"{self.path} is damaged: its header's checksum is wrong")
+            return _Summary(**fields | {"state": State(fields["state"])})
+        except (ConstructError, OSError, ValueError):
+            raise UndoError(f"{self.path} is not an undo file of qcow2bm") from None
+
+    def _records(self) -> Iterator[_Record]:
+        at = SECTOR
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        head_length = _RECORD.sizeof()
+        for number in range(self._summary.records):
+            raw = os.pread(self._fd, head_length + 4, at)
+            if len(raw) < head_length + 4 or _crc(raw[:head_length]) != _CRC.parse(raw[head_length:]):
+                raise UndoError(f"{self.path} is damaged in record {number}")
+            head = _RECORD.parse(raw)
+            at += head_length + 4
+            length = head.old_stored + head.new_stored
+            stored = os.pread(self._fd, length, at) if length <= end - at else b""
+            if len(stored) != length or _crc(stored) != head.crc:
+                raise UndoError(f"{self.path} is damaged in record {number}")
+            at += length
+            yield _Record(head.offset, stored[: head.old_stored] or bytes(head.length), stored[head.old_stored :])
+
+    def restore(self, image: ImageFile, *, force: bool = False) -> None:
+        """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
+
+        Args: force: do it although the image's time stamp says that it was touched. Changed content is refused all
+            the same.
+
+        Raises:
+            UndoError: the file is damaged, has been used already, or the image has changed since.
+        """
+        if self.state is State.UNDONE:
+            raise UndoError(f"{self.path} has been used already")
+        # Reading every record here also means that a damaged file is refused before the first byte is written.
+        self._require_recognised(image)
+        if self.state is State.COMPLETE:
+            self._require_unchanged(image, force=force)
+        _write_state(self._fd, replace(self._summary, state=State.IN_PROGRESS))
+        # All old bytes were read before the plan began, so the order of the records does not matter.
+        for record in self._records():
+            image.write_at(record.offset, record.old)
+        image.barrier()
+        if not image.is_device:
+            image.truncate(self._summary.size_before)
+            image.barrier()
+        _write_state(self._fd, replace(self._summary, state=State.UNDONE))
+
+    def _require_recognised(self, image: ImageFile) -> None:
+        """Every byte that was rewritten must be the old one or a new one.
+
+        Anything else is another image, or a later state.
+        """
+        sizes = sorted((self._summary.size_before, self._summary.size_after))
+        strange: set[int] = set()
+        explained: set[int] = set()
+        for record in self._records():
+            if not record.new or not sizes[0] <= image.size <= sizes[1]:
+                continue
+            now = image.read_at(record.offset, len(record.old))
+            if now not in (record.old, record.new):
+                for place, byte in enumerate(now):
+                    if byte != record.old[place]:
+                        (explained if byte == record.new[place] else strange).add(record.offset + place)
+            elif now == record.new:
+                explained.update(range(record.offset, record.offset + len(now)))
+        if strange - explained or not sizes[0] <= image.size <= sizes[1]:
+            raise UndoError("the image has changed since the undo file was written", hint="nothing was put back")
+
+    def _require_unchanged(self, image: ImageFile, *, force: bool) -> None:
+        summary = self._summary
+        if _now(image) != {"head_crc": summary.head_crc, "size_after": summary.size_after}:
+            raise UndoError("the image has changed since the undo file was written", hint="nothing was put back")
+        if not image.is_device and os.fstat(image.fd).st_mtime_ns != summary.mtime_ns and not force:
+            raise UndoError(
+                "the image was written to since the undo file was made, though the places it knows are unchanged",
+                hint="guest data may be newer; use --force if you know that only the time stamp changed",
+            )
+
+
+def has_journal(image: ImageFile) -> bool:
+    """True if a change of the image is under way, or was when a crash came."""
+    return journal_path(image.path).exists()
+
+
+def roll_back_interrupted(image: ImageFile) -> bool:
+    """Undo a change that a crash cut short, if the image has a journal; True if there was one.
+
+    The caller holds the write lock.
+
+    Raises:
+        UndoError: the journal is damaged.
+    """
+    if not has_journal(image):
+        return False
+    path = journal_path(image.path)
+    try:
+        with UndoFile(path) as journal:
+            if journal.state is State.IN_PROGRESS:
+                journal.restore(image)
+        path.unlink()
+        _sync_directory(path)
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    return True

@@ -1,0 +1,4 @@
+"""What the tests stand on: real QEMU (`qemu`) and the images it wrote for us (`images`).
+
+Nothing here imports qcow2bm. QEMU is the judge, and a judge that borrows the defendant's code proves nothing.
+"""
