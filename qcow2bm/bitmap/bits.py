@@ -111,7 +111,9 @@ class Resampled:
         high = div_up(first + 8 * length, self._refine)
         bits = refine(self._source.slice(low, high), self._refine)
         skip = first - low * self._refine
-        return bits[skip : skip + 8 * length]
+        bits = bits[skip : skip + 8 * length]
+        bits.extend(zeros(8 * length - len(bits), "little"))  # the source may end before the chunk does
+        return bits
 
     def _coarse(self, first: int, count: int) -> bitarray:
         """Chunk by chunk of the source, so that a coarse bit over a large source takes no memory."""

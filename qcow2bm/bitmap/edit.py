@@ -142,6 +142,10 @@ class Edit:
             chosen.update(matching)
         return [name for name in names if name in chosen]
 
+    def require_usable(self, name: str) -> None:
+        """Raise BitmapNotFoundError, BitmapInconsistentError or BitmapBrokenError unless edits may use the bitmap."""
+        self._usable(name)
+
     # Edits
 
     def add(

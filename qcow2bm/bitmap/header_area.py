@@ -77,11 +77,17 @@ def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:
     ]
 
 
-def switch(image: Qcow2Image, extension: Extension, pointer: BitmapsExtension) -> HeaderChange:
-    """Point the extension at another directory."""
+def switch(image: Qcow2Image, extension: Extension, pointer: BitmapsExtension, *, attach: bool) -> HeaderChange:
+    """Point the extension at another directory.
+
+    Args:
+        attach: set the autoclear bit too, afterwards: the bitmaps there were detached and are gone, the new ones count.
+    """
     head = _Head(image)
     head.put(extension.data_offset, pointer.build(), "the bitmaps extension")
-    return head.at_once("switch to the new bitmap directory")
+    if attach:
+        head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=True), "the autoclear bit: the bitmaps count")
+    return head.in_steps("switch to the new bitmap directory", commit=-1)
 
 
 def attach(image: Qcow2Image, pointer: BitmapsExtension) -> HeaderChange:

@@ -76,7 +76,8 @@ class _Change:
         stages: list[Stage] = []
         commit = None
         if entries != [stored.entry for stored in self.directory.bitmaps]:
-            switch = self._switch(entries)
+            new_only = bool(wanted) and all(bitmap.stored is None for bitmap in wanted)
+            switch = self._switch(entries, attach=new_only and not self.directory.attached)
             self.allocator.finish()
             commit = switch.stages[switch.commit]
             prepare = (*header_area.clear_unknown_autoclear(self.image), *self._fresh, *self.allocator.prepare())
@@ -177,22 +178,22 @@ class _Change:
 
     # The directory
 
-    def _switch(self, entries: list[BitmapEntry]) -> header_area.HeaderChange:
-        """What makes the new directory the valid one."""
+    def _switch(self, entries: list[BitmapEntry], *, attach: bool) -> header_area.HeaderChange:
+        """What makes the new directory the valid one; `attach` where the old one did not count."""
         directory = b"".join(entry.build() for entry in entries)
         if len(directory) > MAX_BITMAP_DIRECTORY_BYTES:
             raise BitmapLimitError(f"the bitmap directory would be above {MAX_BITMAP_DIRECTORY_BYTES} bytes")
         extension, pointer = self.directory.extension, self.directory.pointer
         if extension is None or pointer is None:
             return header_area.attach(self.image, self._new_directory(entries, directory))
-        if len(entries) == pointer.nb_bitmaps:
+        if len(entries) == pointer.nb_bitmaps and not attach:
             write = self._within_a_sector(pointer.bitmap_directory_offset, directory)
             if write is not None:
                 return header_area.HeaderChange((Stage("switch the directory entry", (write,), atomic=True),), 0)
         self._free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         if not entries:
             return header_area.detach(self.image, extension)
-        return header_area.switch(self.image, extension, self._new_directory(entries, directory))
+        return header_area.switch(self.image, extension, self._new_directory(entries, directory), attach=attach)
 
     def _new_directory(self, entries: list[BitmapEntry], directory: bytes) -> BitmapsExtension:
         return BitmapsExtension(len(entries), len(directory), self._put(directory, "bitmap directory"))

@@ -20,11 +20,9 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from qemu.qmp import QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
 
+from tests.support.monitor import POLL, START_DEADLINE, Monitor, failure, listen
 from tests.support.tools import DEADLINE, QemuError, Ranges, qemu_io, run
-
-START_DEADLINE = 20.0
 
 _PIECE = 1 << 30
 
@@ -52,7 +50,7 @@ class StorageDaemon:
         self.force_share = force_share
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._monitor: QEMUMonitorProtocol | None = None
+        self._monitor: Monitor | None = None
         self._exports = 0
 
     # ---- life ----
@@ -76,12 +74,10 @@ class StorageDaemon:
         # A socket's path has room for 107 bytes, and pytest's tmp_path often takes more.
         self._folder = Path(tempfile.mkdtemp(prefix="q-", dir="/tmp"))
         try:
-            argv = ["qemu-storage-daemon", *self._arguments()]
-            self._process = spawn(argv, cwd=self.image.parent, log=self._folder / "log")
-            monitor = QEMUMonitorProtocol(connect(self._folder / "m", self._process, self._folder / "log"))
-            monitor.settimeout(DEADLINE)
-            monitor.connect()
-            self._monitor = monitor
+            log = self._folder / "log"
+            with listen(self._folder / "m") as listener:
+                self._process = spawn(["qemu-storage-daemon", *self._arguments()], cwd=self.image.parent, log=log)
+                self._monitor = Monitor.accept(listener, self._process, log)
         except BaseException:
             self.kill()
             raise
@@ -91,7 +87,8 @@ class StorageDaemon:
         process = self._running()
         log = ""
         try:
-            self.qmp("quit")
+            with suppress(QMPError, EOFError, OSError):  # it may be gone before it answers; its exit status tells
+                self.qmp("quit")
             process.wait(DEADLINE)
             log = self.log()
         finally:
@@ -124,7 +121,7 @@ class StorageDaemon:
         """Execute a QMP command. Underscores in argument names become dashes; QMP's error is raised as QMPError."""
         if self._monitor is None:
             raise QemuError(["qemu-storage-daemon", str(self.image)], None, "not running")
-        return self._monitor.cmd(command, **{key.replace("_", "-"): value for key, value in arguments.items()})
+        return self._monitor.execute(command, {key.replace("_", "-"): value for key, value in arguments.items()})
 
     def bitmaps(self) -> dict[str, dict[str, Any]]:
         """QMP's BlockDirtyInfo (granularity, count, recording, busy, persistent, inconsistent) by bitmap name."""
@@ -231,8 +228,8 @@ class StorageDaemon:
         argv += ["--nbd-server", f"addr.type=unix,addr.path={self._folder}/n"]
         export = {"type": "nbd", "id": "e", "node-name": "q", "name": "q", "writable": self.writable}
         argv += ["--export", json.dumps(export)]
-        # The monitor comes last: once it answers, everything before it is up.
-        argv += ["--chardev", f"socket,path={self._folder}/m,server=on,wait=off,id=c", "--monitor", "chardev=c"]
+        # The monitor comes last: once it answers, everything before it is up. Why server=off: monitor.py.
+        argv += ["--chardev", f"socket,path={self._folder}/m,server=off,id=c", "--monitor", "chardev=c"]
         return argv
 
     def _request(self, verb: str, offset: int, length: int) -> None:
@@ -264,8 +261,7 @@ class StorageDaemon:
                 process.wait(DEADLINE)
         finally:
             if monitor is not None:
-                with suppress(QMPError, EOFError, OSError):  # the other end is gone; that is what we wanted
-                    monitor.close()
+                monitor.close()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -293,9 +289,8 @@ def connect(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> socket
         except OSError:
             link.close()
             if process.poll() is not None or time.monotonic() > end:
-                words = [str(word) for word in process.args] if isinstance(process.args, list) else []
-                raise QemuError(words, process.returncode, log.read_text(errors="replace")) from None
-            time.sleep(0.005)
+                raise failure(process, log) from None
+            time.sleep(POLL)
         else:
             return link
 
