@@ -24,7 +24,6 @@ from .image.lock import LockMode, acquire, holders
 from .image.mapping import Run, runs
 from .image.plan import Plan
 from .image.references import Kind, Reference
-from .image.undo import UndoFile
 from .image.usage import usage
 
 
@@ -312,6 +311,8 @@ def undo(
         UndoError: the undo file is damaged or was used, or the image has changed since.
         InUseError: another process has the image open.
     """
+    from .image.undo import UndoFile  # its structures take time to declare
+
     file = ImageFile.open(path, writable=True)
     try:
         with naming(file.path):

@@ -172,7 +172,9 @@ class Edit:
         Raises BitmapNotFoundError for one that is not there.
         """
         for name in names:
-            draft = self._find(name)
+            self._find(name)
+            # Of several with one name all but the first are broken: the last goes first.
+            draft = next(draft for draft in reversed(self.drafts) if draft.name == encode_name(name))
             if draft.stored is not None and draft.stored.state is State.ACTIVE:
                 draft.require_ready()
             self.drafts.remove(draft)

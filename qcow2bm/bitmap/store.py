@@ -23,7 +23,7 @@ from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, par
 from ..format.entries import BitmapTableEntry, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
 from ..format.header import Autoclear
-from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
+from ..format.limits import MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS
 from ..image import lock
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image
@@ -143,9 +143,12 @@ class StoredBitmap:
         """The bitmap table as it is stored.
 
         Raises:
-            TruncatedImageError: it lies outside the file.
+            CorruptImageError: it lies outside the file or is larger than any bitmap's.
         """
-        return table_entries(self._image.file.read_at(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size))
+        size = self.entry.bitmap_table_size
+        if size > MAX_BITMAP_TABLE_ENTRIES or size * self._image.geometry.cluster_size > MAX_BITMAP_BYTES:
+            raise CorruptImageError(f"a bitmap table of {size} entries is larger than any bitmap needs")
+        return table_entries(self._image.file.read_at(self.entry.bitmap_table_offset, 8 * size))
 
     @cached_property
     def bits(self) -> BitVector:

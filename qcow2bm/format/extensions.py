@@ -106,7 +106,8 @@ class ExtensionArea:
 
     def build(self) -> bytes:
         """The area's bytes with its end marker, if there is room for one."""
-        body = b"".join(extension.build() for extension in self.extensions)
+        # The limit may cut the last padding short: a backing file name can start anywhere.
+        body = b"".join(extension.build() for extension in self.extensions)[: self.limit - self.start]
         return body + bytes(HEAD_LENGTH) if self.end + HEAD_LENGTH <= self.limit else body
 
     def find(self, kind: ExtensionType) -> Extension | None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ImageIOError, NoSpaceError, Qcow2bmError, UndoError, UnsupportedImageError, from_os_error, naming
 from .image import Qcow2Image
 from .plan import Plan, Stage, Write
-from .undo import UndoWriter, journal_path
+
+if TYPE_CHECKING:
+    from .undo import UndoWriter
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes to write."""
@@ -64,13 +67,13 @@ def _require_space(image: Qcow2Image, plan: Plan) -> None:
 
 
 def _open_undo(image: Qcow2Image, plan: Plan, undo: Path | None) -> UndoWriter | None:
-    if undo is not None:
-        return UndoWriter.create(undo, image.file, plan)
-    if not plan.needs_journal:
+    if undo is None and not plan.needs_journal:
         return None
-    if image.file.is_device:
+    if undo is None and image.file.is_device:
         raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
-    return UndoWriter.create(journal_path(image.file.path), image.file, plan)
+    from .undo import UndoWriter  # rarely needed, and its structures take time to declare
+
+    return UndoWriter.create(undo or image.file.journal, image.file, plan)
 
 
 class _Engine:

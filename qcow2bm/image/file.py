@@ -15,6 +15,8 @@ from typing import Self
 from ..errors import ImageIOError, NotQcow2Error, TruncatedImageError, naming
 from ..format.limits import MAX_CLUSTER_BITS
 
+_JOURNAL_SUFFIX = ".qcow2bm-journal"
+
 _SLACK = 1 << MAX_CLUSTER_BITS
 """A structure may end in a cluster that the file holds only in part.
 
@@ -64,6 +66,11 @@ class ImageFile:
                 raise
             return cls(fd, name, writable=writable, size=size, is_device=stat.S_ISBLK(mode))
 
+    @property
+    def journal(self) -> Path:
+        """Where a change that needs a journal keeps it when the user names no undo file."""
+        return self.path.with_name(self.path.name + _JOURNAL_SUFFIX)
+
     def close(self) -> None:
         """Close the file, which also drops its locks."""
         if self.fd >= 0:
@@ -88,6 +95,13 @@ class ImageFile:
             parts.append(data)
             got += len(data)
         return b"".join(parts) + bytes(length - got)
+
+    def is_hole(self, offset: int, length: int) -> bool:
+        """True if the file certainly holds nothing but zeroes there: a sparse file may claim any number of tables."""
+        try:
+            return offset < self.size and os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            return error.errno == errno.ENXIO
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset`; durable only after the next `barrier`."""

@@ -19,7 +19,6 @@ from ..format.limits import MAX_CLUSTER_BITS, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAP
 from ..format.snapshot_table import MAX_ENTRY_LENGTH, SnapshotEntry, parse_snapshot
 from . import lock
 from .file import ImageFile
-from .undo import has_journal, roll_back_interrupted
 
 OpenFile = Callable[..., ImageFile]
 
@@ -194,14 +193,17 @@ def _take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
 
 
 def _settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
-    """Roll back what a crash cut short, or refuse to read an image in that state."""
-    if writable:
-        return roll_back_interrupted(file)
-    if has_journal(file):
+    """Roll back what a crash cut short, or refuse to read an image in that state; True if something was rolled back."""
+    if not file.journal.exists():
+        return False
+    if not writable:
         raise UnsupportedImageError(
             "a change was cut short by a crash", hint="the next command that opens the image for writing rolls it back"
         )
-    return False
+    from .undo import roll_back_interrupted  # rarely needed, and its structures take time to declare
+
+    roll_back_interrupted(file)
+    return True
 
 
 def read_head(file: ImageFile) -> tuple[bytes, Header, ExtensionArea]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..errors import CorruptImageError
 from ..format.entries import ClusterKind, L2Entry, l1_offset, table_entries
 from ..format.geometry import SUBCLUSTERS
+from ..format.limits import MAX_L1_BYTES
 from .image import Qcow2Image
 
 
@@ -43,12 +44,14 @@ def read_l1(image: Qcow2Image, offset: int | None = None, entries: int | None = 
     """An L1 table as native integers: the active one, or that of a snapshot.
 
     Raises:
-        CorruptImageError: it is not aligned or lies outside the file.
+        CorruptImageError: it is not aligned, too large, or lies outside the file.
     """
     where = image.header.l1_table_offset if offset is None else offset
     count = image.header.l1_size if entries is None else entries
     if not image.geometry.is_aligned(where):
         raise CorruptImageError(f"an L1 table at {where:#x} is not cluster-aligned")
+    if count * 8 > MAX_L1_BYTES:
+        raise CorruptImageError(f"the L1 table at {where:#x} has {count} entries, which is above 32 MiB")
     return table_entries(image.file.read_at(where, count * 8))
 
 

@@ -89,6 +89,8 @@ def _scan(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]) -> 
     geometry = image.geometry
     stride = geometry.l2_entry_size // 8
     for offset, l1_index in tables.items():
+        if image.file.is_hole(offset, geometry.cluster_size):
+            continue
         for index, value in enumerate(table_entries(read_l2(image, offset))[::stride]):
             place = L2Entry(value).host_range(geometry) if value else None
             if place is not None:
@@ -102,7 +104,10 @@ def _scan_bulk(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]
     geometry = image.geometry
     wanted_filter = ClusterFilter(wanted)
     for group in _adjacent(sorted(tables), geometry.cluster_size):
-        data = image.file.read_at(group[0], len(group) * geometry.cluster_size)
+        length = len(group) * geometry.cluster_size
+        if image.file.is_hole(group[0], length):
+            continue
+        data = image.file.read_at(group[0], length)
         first, last = host_clusters(data, geometry)
         for place, cluster in wanted_filter.range_hits(first, last):
             which, index = divmod(place, geometry.l2_entries)

@@ -11,6 +11,7 @@ from enum import Enum
 
 from ..errors import RUN_CHECK, CorruptImageError
 from ..format.entries import l1_offset, refcount_block_offset
+from ..format.limits import MAX_L1_BYTES
 from .image import Qcow2Image
 from .mapping import read_l1
 from .refcounts import Refcounts
@@ -70,10 +71,12 @@ def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Refere
     for entry in snapshots.entries:
         owner = f"the L1 table of snapshot {entry.id.decode('utf-8', 'replace')}"
         roots.append((entry.l1_table_offset, entry.l1_size, owner))
+    if sum(size for _, size, _ in roots) * 8 > image.file.size + MAX_L1_BYTES:
+        raise CorruptImageError("the L1 tables together are larger than the file", hint=RUN_CHECK)
     for offset, size, owner in roots:
         yield Reference(offset, size * 8, Kind.L1_TABLES, owner)
         for index, value in enumerate(read_l1(image, offset, size)):
-            table = l1_offset(value)
+            table = l1_offset(value) if value else 0
             if not table:
                 continue
             if not image.geometry.is_aligned(table):

@@ -26,8 +26,6 @@ from ..errors import UndoError, from_os_error
 from .file import ImageFile
 from .plan import SECTOR, Plan, Write
 
-JOURNAL_SUFFIX = ".qcow2bm-journal"
-
 
 class State(IntEnum):
     """How far the change an undo file belongs to has come."""
@@ -83,11 +81,6 @@ def _crc(data: bytes, value: int = 0) -> int:
     from crc32c import crc32c
 
     return crc32c(data, value)
-
-
-def journal_path(image: Path) -> Path:
-    """Where a change that needs a journal keeps it when the user names no undo file."""
-    return image.with_name(image.name + JOURNAL_SUFFIX)
 
 
 class UndoWriter:
@@ -307,22 +300,15 @@ class UndoFile:
             )
 
 
-def has_journal(image: ImageFile) -> bool:
-    """True if a change of the image is under way, or was when a crash came."""
-    return journal_path(image.path).exists()
-
-
-def roll_back_interrupted(image: ImageFile) -> bool:
-    """Undo a change that a crash cut short, if the image has a journal; True if there was one.
+def roll_back_interrupted(image: ImageFile) -> None:
+    """Undo the change that a crash cut short, by the journal it left.
 
     The caller holds the write lock.
 
     Raises:
         UndoError: the journal is damaged.
     """
-    if not has_journal(image):
-        return False
-    path = journal_path(image.path)
+    path = image.journal
     try:
         with UndoFile(path) as journal:
             if journal.state is State.IN_PROGRESS:
@@ -331,4 +317,3 @@ def roll_back_interrupted(image: ImageFile) -> bool:
         _sync_directory(path)
     except OSError as error:
         raise from_os_error(error, path) from error
-    return True
