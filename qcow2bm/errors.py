@@ -13,6 +13,7 @@ The tree (exit status in brackets)::
     ├── LockingUnavailableError       [1]  the file system cannot lock
     ├── NoSpaceError                  [1]  the change does not fit
     ├── ImageIOError                  [1]  the operating system refused a read or a write
+    │   └── FlushError                [1]  what reached the disk is unknown
     ├── UndoError                     [1]  an undo file cannot be used on this image
     └── BitmapError                   [1]  a bitmap refuses the operation
         ├── BitmapNotFoundError       [1]
@@ -109,6 +110,10 @@ class NoSpaceError(Qcow2bmError):
 
 class ImageIOError(Qcow2bmError):
     """The operating system refused to open, read, write or flush."""
+
+
+class FlushError(ImageIOError):
+    """A flush failed. What reached the disk is unknown, so nothing more may be written."""
 
 
 class UndoError(Qcow2bmError):

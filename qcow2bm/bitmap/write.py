@@ -209,5 +209,5 @@ class _Change:
         return write if Stage("", (write,)).fits_a_sector else None
 
 
-def _chunk_bytes(bits: BitVector, index: int) -> bytes:
-    return bits.read(index).tobytes()
+def _chunk_bytes(bits: BitVector, index: int) -> memoryview:
+    return memoryview(bits.read(index))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .qemu_img import FAILED, complain, hand_over
+from .real_qemu_img import FAILED, complain, hand_over
 
 if TYPE_CHECKING:
     from ..api import Image

@@ -7,16 +7,29 @@ so nothing more is written.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ImageIOError, NoSpaceError, Qcow2bmError, UndoError, UnsupportedImageError, from_os_error, naming
+from ..errors import (
+    RUN_CHECK,
+    FlushError,
+    ImageIOError,
+    NoSpaceError,
+    Qcow2bmError,
+    UndoError,
+    UnsupportedImageError,
+    from_os_error,
+    naming,
+)
 from .image import Qcow2Image
 from .plan import Plan, Stage, Write
 
 if TYPE_CHECKING:
     from .undo import UndoWriter
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes to write."""
@@ -93,13 +106,15 @@ class _Engine:
             self._done.append([])
             try:
                 self._write(stage)
-            except BaseException as error:
+                self._file.barrier()
+            except FlushError:
+                raise
+            except BaseException as error:  # also a signal: whatever stops us, the old state is put back
                 if number <= self._plan.commit_stage:
                     self._roll_back()
                 if isinstance(error, OSError):
                     raise self._explain(error, number) from error
                 raise
-            self._file.barrier()
 
     def _write(self, stage: Stage) -> None:
         for write in stage.writes:
@@ -114,20 +129,28 @@ class _Engine:
 
     def _roll_back(self) -> None:
         """Put back what is in use, newest first, and cut the file to its old length. Free clusters need nothing."""
-        for writes in reversed(self._done):
-            for write in reversed(writes):
-                if write.old is not None:
-                    self._file.write_at(write.offset, write.old)
-            self._file.barrier()
-        if self._file.size > self._plan.size_before:
-            self._file.truncate(self._plan.size_before)
-            self._file.barrier()
+        try:
+            for writes in reversed(self._done):
+                for write in reversed(writes):
+                    if write.old is not None:
+                        self._file.write_at(write.offset, write.old)
+                self._file.barrier()
+            if self._file.size > self._plan.size_before:
+                self._file.truncate(self._plan.size_before)
+                self._file.barrier()
+        except OSError as error:
+            cause = from_os_error(error)
+            raise ImageIOError(
+                f"writing failed, and so did putting back what was written ({cause.message})",
+                hint=f"the bitmaps are the old ones, clusters may be leaked; {RUN_CHECK}",
+            ) from error
         self.rolled_back = True
 
     def _explain(self, error: OSError, number: int) -> Qcow2bmError:
         cause = from_os_error(error)
         if number <= self._plan.commit_stage:
-            return ImageIOError(f"writing failed ({cause.message})", hint="everything was put back as it was")
+            kind = NoSpaceError if error.errno in _FULL else ImageIOError
+            return kind(f"writing failed ({cause.message})", hint="everything was put back as it was")
         return ImageIOError(
             f"the change is done, but giving clusters back failed ({cause.message})",
             hint="`qcow2bm qemu-img check -r leaks` gives them back",

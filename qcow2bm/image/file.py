@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Self
 
-from ..errors import ImageIOError, NotQcow2Error, TruncatedImageError, naming
+from ..errors import FlushError, NotQcow2Error, TruncatedImageError, naming
 from ..format.limits import MAX_CLUSTER_BITS
 
 _JOURNAL_SUFFIX = ".qcow2bm-journal"
@@ -120,12 +120,12 @@ class ImageFile:
         fdatasync, which covers the file size.
 
         Raises:
-            ImageIOError: the flush failed. What is on the disk is then unknown: nothing more may be written.
+            FlushError: what is on the disk is then unknown: nothing more may be written.
         """
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            raise ImageIOError(
+            raise FlushError(
                 f"flushing failed ({os.strerror(error.errno or errno.EIO)}): what reached the disk is unknown",
                 hint="check the disk, then run `qcow2bm qemu-img check` on the image",
             ) from error

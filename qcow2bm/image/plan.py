@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 SECTOR = 512
 """Bytes that reach a disk all or none, the unit of the crash model."""
 
-Data = bytes | Callable[[], bytes]
+Data = bytes | Callable[[], bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Write:
         """Offset after the last byte."""
         return self.offset + self.length
 
-    def read(self) -> bytes:
+    def read(self) -> bytes | memoryview:
         """The bytes to write."""
         return self.data() if callable(self.data) else self.data
 

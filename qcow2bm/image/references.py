@@ -75,7 +75,8 @@ def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Refere
         raise CorruptImageError("the L1 tables together are larger than the file", hint=RUN_CHECK)
     for offset, size, owner in roots:
         yield Reference(offset, size * 8, Kind.L1_TABLES, owner)
-        for index, value in enumerate(read_l1(image, offset, size)):
+        l1_table = read_l1(image, offset, size)
+        for index, value in enumerate(l1_table if any(l1_table) else ()):
             table = l1_offset(value) if value else 0
             if not table:
                 continue

@@ -151,7 +151,7 @@ def _now(image: ImageFile) -> dict[str, int]:
 def _encode(image: ImageFile, write: Write, old_length: int) -> bytes:
     old = image.read_at(write.offset, old_length)
     stored = old if any(old) else b""
-    new = write.read()[:old_length] if write.old is not None else b""
+    new = bytes(write.read()[:old_length]) if write.old is not None else b""
     head: bytes = _RECORD.build(
         {
             "offset": write.offset,
