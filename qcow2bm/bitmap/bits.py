@@ -11,87 +11,18 @@ the bits past the end of its vector; `BitVector.read` gives them as zeroes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from typing import Protocol
+from collections.abc import Iterator, Sequence
 
 from bitarray import bitarray
-from bitarray.util import intervals, ones, zeros
+from bitarray.util import intervals, zeros
 
 from ..format.geometry import div_up
+from .chunks import ONES, ZEROES, Chunk, Constant, either, patched, uniform
+from .granularity import coarsen, refine
 
 _FIRST_PIECE = 4 << 10
 _PIECE = 64 << 10
 """Bytes looked at first, and then at a time, to tell what a chunk is: most show it in the first piece."""
-
-
-class Chunk(Protocol):
-    """Bits of one chunk, made on demand."""
-
-    def read(self, start: int, length: int) -> bitarray:
-        """`length` bytes of the chunk from byte `start` on, as bits; may be a read-only view."""
-
-
-class Constant:
-    """A chunk of equal bits. There are two, ZEROES and ONES; compare with `is`."""
-
-    def __init__(self, make: Callable[[int, str], bitarray], name: str) -> None:
-        self._make = make
-        self._name = name
-
-    def read(self, start: int, length: int) -> bitarray:  # noqa: ARG002 - a chunk's signature
-        """`length` bytes of the constant."""
-        return self._make(8 * length, "little")
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-ZEROES = Constant(zeros, "ZEROES")
-ONES = Constant(ones, "ONES")
-
-
-class Bits:
-    """A chunk whose bits are at hand."""
-
-    def __init__(self, bits: bitarray) -> None:
-        self._bits = bits
-
-    def read(self, start: int, length: int) -> bitarray:
-        """A copy of the bits."""
-        return self._bits[8 * start : 8 * (start + length)]
-
-
-class Union:
-    """The OR of other chunks."""
-
-    def __init__(self, parts: tuple[Chunk, ...]) -> None:
-        self.parts = parts
-
-    def read(self, start: int, length: int) -> bitarray:
-        """The union of what the parts read."""
-        first, second, *rest = (part.read(start, length) for part in self.parts)
-        union = first | second
-        for part in rest:
-            union |= part
-        return union
-
-
-class Patched:
-    """Another chunk with ranges of bits (start, stop, value) overwritten, the last one winning."""
-
-    def __init__(self, base: Chunk, patches: tuple[tuple[int, int, bool], ...]) -> None:
-        self.base = base
-        self.patches = patches
-
-    def read(self, start: int, length: int) -> bitarray:
-        """The base's bits with the patches that fall into them."""
-        bits = bitarray(self.base.read(start, length))
-        low, high = 8 * start, 8 * (start + length)
-        for first, stop, value in self.patches:
-            if first < high and stop > low:
-                bits[max(first, low) - low : min(stop, high) - low] = value
-        return bits
 
 
 class Resampled:
@@ -244,7 +175,7 @@ class BitVector:
         for other in others:
             if (other.length, other.chunk_bytes) != (self.length, self.chunk_bytes):
                 raise ValueError("a union needs vectors of one shape; use `resampled` first")
-            chunks = [_either(mine, theirs) for mine, theirs in zip(chunks, other.chunks, strict=True)]
+            chunks = [either(mine, theirs) for mine, theirs in zip(chunks, other.chunks, strict=True)]
         return BitVector(self.length, self.chunk_bytes, chunks)
 
     def with_range(self, start: int, stop: int, *, value: bool) -> BitVector:
@@ -256,7 +187,7 @@ class BitVector:
             if chunk is constant:
                 continue
             chunks[index] = (
-                constant if width == self.valid_bits(index) else _patched(chunk, (first, first + width, value))
+                constant if width == self.valid_bits(index) else patched(chunk, (first, first + width, value))
             )
         return BitVector(self.length, self.chunk_bytes, chunks)
 
@@ -276,8 +207,8 @@ class BitVector:
             first = index * result.chunk_bits
             stop = first + result.valid_bits(index)
             covered = (chunk for _, chunk, _ in self.spans(first * coarsen // refine, div_up(stop * coarsen, refine)))
-            uniform = _uniform(covered)
-            chunks.append(Resampled(self, first, refine, coarsen) if uniform is None else uniform)
+            constant = uniform(covered)
+            chunks.append(Resampled(self, first, refine, coarsen) if constant is None else constant)
         return BitVector(length, chunk_bytes, chunks)
 
     # Which chunk to write
@@ -309,95 +240,3 @@ def _pieces(length: int) -> Iterator[tuple[int, int]]:
     while start < length:
         yield start, min(size, length - start)
         start, size = start + size, _PIECE
-
-
-def _either(mine: Chunk, theirs: Chunk) -> Chunk:
-    if theirs is ZEROES or mine is ONES or mine is theirs:
-        return mine
-    if mine is ZEROES or theirs is ONES:
-        return theirs
-    # A union of unions is one union, so that a merge of a thousand sources does not nest a thousand deep.
-    parts = (mine.parts if isinstance(mine, Union) else (mine,)) + (
-        theirs.parts if isinstance(theirs, Union) else (theirs,)
-    )
-    return Union(tuple(dict.fromkeys(parts)))
-
-
-def _patched(chunk: Chunk, patch: tuple[int, int, bool]) -> Chunk:
-    if isinstance(chunk, Patched):
-        return Patched(chunk.base, (*chunk.patches, patch))
-    return Patched(chunk, (patch,))
-
-
-def _uniform(chunks: Iterable[Chunk]) -> Chunk | None:
-    """The constant that all chunks are, or None."""
-    first: Chunk | None = None
-    for chunk in chunks:
-        if not isinstance(chunk, Constant) or (first is not None and chunk is not first):
-            return None
-        first = chunk
-    return first
-
-
-def coarsen(bits: bitarray, ratio: int) -> bitarray:
-    """One bit for every `ratio` (a power of two), set if any of them is; a short last group counts as one."""
-    short = -len(bits) % ratio
-    bits = bits + zeros(short, "little") if short else bits
-    while ratio >= 8:
-        packed = bitarray(endian="little")
-        packed.pack(bits.tobytes())
-        bits, ratio = packed, ratio // 8
-    while ratio > 1:
-        bits, ratio = _halved(bits), ratio // 2
-    return bits
-
-
-def refine(bits: bitarray, ratio: int) -> bitarray:
-    """Every bit `ratio` times (a power of two)."""
-    while ratio >= 8:
-        wide = bitarray(endian="little")
-        wide.frombytes(bits.unpack(zero=b"\0", one=b"\xff"))
-        bits, ratio = wide, ratio // 8
-    while ratio > 1:
-        bits, ratio = _doubled(bits), ratio // 2
-    return bits
-
-
-@cache
-def _byte_table(make: Callable[[int], int]) -> bytes:
-    """A table for `bytes.translate`, built when it is first needed: ten times as fast as slices with a step."""
-    return bytes(make(byte) for byte in range(256))
-
-
-def _pairs(byte: int) -> int:
-    return sum(1 << bit for bit in range(4) if byte >> 2 * bit & 3)
-
-
-def _pairs_high(byte: int) -> int:
-    return _pairs(byte) << 4
-
-
-def _spread(byte: int) -> int:
-    return sum(3 << 2 * bit for bit in range(4) if byte >> bit & 1)
-
-
-def _spread_high(byte: int) -> int:
-    return _spread(byte >> 4)
-
-
-def _halved(bits: bitarray) -> bitarray:
-    raw = bits.tobytes()
-    raw += bytes(len(raw) % 2)
-    low = bitarray(buffer=raw.translate(_byte_table(_pairs))[0::2], endian="little")
-    high = bitarray(buffer=raw.translate(_byte_table(_pairs_high))[1::2], endian="little")
-    return (low | high)[: len(bits) // 2]
-
-
-def _doubled(bits: bitarray) -> bitarray:
-    raw = bits.tobytes()
-    wide = bytearray(2 * len(raw))
-    wide[0::2] = raw.translate(_byte_table(_spread))
-    wide[1::2] = raw.translate(_byte_table(_spread_high))
-    doubled = bitarray(endian="little")
-    doubled.frombytes(wide)
-    return doubled[: 2 * len(bits)]

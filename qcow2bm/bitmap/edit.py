@@ -32,7 +32,8 @@ from ..format.limits import (
 )
 from ..image.image import Qcow2Image
 from ..image.plan import Plan
-from .bits import ONES, ZEROES, BitVector
+from .bits import BitVector
+from .chunks import ONES, ZEROES
 from .store import BitmapDirectory, State, StoredBitmap, decode_name, encode_name, require_ready
 from .write import plan_changes
 

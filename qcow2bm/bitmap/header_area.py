@@ -35,12 +35,16 @@ class _Head:
             self._bytes[write.offset : write.end] = write.read()
         self._before = bytes(self._bytes)
         self._steps: list[Write] = []
+        self._unseen: list[Write] = []
 
-    def put(self, offset: int, data: bytes, purpose: str) -> None:
+    def put(self, offset: int, data: bytes, purpose: str, *, unseen: bool = False) -> None:
+        """A step; `unseen` where nothing refers to these bytes yet, so that they may be torn."""
         old = bytes(self._bytes[offset : offset + len(data)])
         if old != data:
             self._bytes[offset : offset + len(data)] = data
             self._steps.append(Write.replace(offset, old, data, f"header: {purpose}"))
+            if unseen:
+                self._unseen.append(self._steps[-1])
 
     def at_once(self, name: str) -> HeaderChange:
         """All steps as one write, all or nothing."""
@@ -57,7 +61,7 @@ class _Head:
         together = self.at_once(name)
         if together.stages[0].fits_a_sector:
             return together
-        stages = tuple(Stage(step.purpose, (step,), atomic=True) for step in self._steps)
+        stages = tuple(Stage(step.purpose, (step,), atomic=step not in self._unseen) for step in self._steps)
         return HeaderChange(stages, commit % len(stages))
 
 
@@ -101,16 +105,19 @@ def attach(image: Qcow2Image, pointer: BitmapsExtension) -> HeaderChange:
     end = area.end + HEAD_LENGTH + BITMAPS_LENGTH + HEAD_LENGTH
     name = image.head[header.backing_file_offset :][: header.backing_file_size] if header.backing_file_offset else b""
     apart = True
-    if name and end > header.backing_file_offset:
+    if header.backing_file_offset and end > header.backing_file_offset:
+        # Without an end marker the old name would be taken for an extension once the header says it lies elsewhere.
+        apart = area.end + HEAD_LENGTH <= area.limit
         # Behind the old name if there is room, so that one of the two is whole at any moment.
         place = max(end, header.backing_file_offset + len(name))
         if place + len(name) > image.geometry.cluster_size:
             place, apart = end, False
         _require_room(image, place + len(name))
-        head.put(place, name, "copy of the backing file name")
+        head.put(place, name, "copy of the backing file name", unseen=True)
         head.put(BACKING_FILE_FIELDS, place.to_bytes(8, "big"), "place of the backing file name")
     _require_room(image, end)
-    head.put(area.end + HEAD_LENGTH, pointer.build() + END_MARKER, "the bitmaps extension, not yet reachable")
+    body = pointer.build() + END_MARKER
+    head.put(area.end + HEAD_LENGTH, body, "the bitmaps extension, not yet reachable", unseen=True)
     head.put(area.end, _extension_head(), "the end marker becomes the bitmaps extension")
     head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=True), "the autoclear bit: the bitmaps count")
     return head.in_steps("add the bitmaps extension", commit=-1) if apart else head.at_once("add the bitmaps extension")

@@ -28,7 +28,8 @@ from ..image import lock
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image
 from ..image.references import Kind, Reference
-from .bits import ONES, ZEROES, BitVector, Chunk
+from .bits import BitVector
+from .chunks import ONES, ZEROES, Chunk
 
 
 class State(Enum):

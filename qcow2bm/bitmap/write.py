@@ -24,7 +24,8 @@ from ..image.plan import Plan, Stage, Write
 from ..image.proof import prove
 from ..image.refcounts import Allocator, Refcounts
 from . import header_area
-from .bits import ONES, ZEROES, BitVector
+from .bits import BitVector
+from .chunks import ONES, ZEROES
 from .store import BitmapDirectory, StoredBitmap, decode_name
 
 
