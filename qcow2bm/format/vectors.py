@@ -53,6 +53,20 @@ class ClusterFilter:
         self._shift = max(0, highest.bit_length() - _COARSE_BITS)
         self._coarse = np.zeros((highest >> self._shift) + 2, bool)
         self._coarse[self._wanted >> self._shift] = True
+        self._coarse_less_one = np.zeros_like(self._coarse)
+        self._coarse_less_one[(self._wanted[self._wanted > 0] - 1) >> self._shift] = True
+
+    def may_hit(self, table: bytes, geometry: Geometry) -> bool:
+        """False if no entry of one or more L2 tables refers to a wanted cluster: a quick test that most tables pass."""
+        values = np.frombuffer(table, ">u8")[:: geometry.l2_entry_size // 8].astype(np.uint64)
+        every = int(np.bitwise_or.reduce(values, initial=0))
+        if every & COMPRESSED or every & OFFSET_MASK & (geometry.cluster_size - 1):
+            return True  # entries that reach into more than one cluster
+        values &= np.uint64(OFFSET_MASK)
+        # The offset 0 is no cluster: one less wraps round, past the map's end, where the last flag is never set.
+        values -= np.uint64(1)
+        values >>= np.uint64(geometry.cluster_bits + self._shift)
+        return bool(np.take(self._coarse_less_one, values.view(np.int64), mode="clip").any())
 
     def hits(self, clusters: Clusters) -> Clusters:
         """Indices of the elements of `clusters` that are wanted."""

@@ -111,8 +111,9 @@ class ImageFile:
             if written == 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             view, offset = view[written:], offset + written
-        if not self.is_device:
-            self.size = max(self.size, offset)
+            # After every part: one that a full disk cut short has made the file longer all the same.
+            if not self.is_device:
+                self.size = max(self.size, offset)
 
     def barrier(self) -> None:
         """Everything written so far reaches the disk before anything written later.

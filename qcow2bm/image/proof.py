@@ -108,6 +108,8 @@ def _scan_bulk(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]
         if image.file.is_hole(group[0], length):
             continue
         data = image.file.read_at(group[0], length)
+        if not wanted_filter.may_hit(data, geometry):
+            continue
         first, last = host_clusters(data, geometry)
         for place, cluster in wanted_filter.range_hits(first, last):
             which, index = divmod(place, geometry.l2_entries)
