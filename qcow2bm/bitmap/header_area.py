@@ -73,7 +73,8 @@ def _autoclear(image: Qcow2Image, *, bitmaps: bool) -> bytes:
 def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:
     """What the specification asks of whoever writes to an image with autoclear bits it does not know."""
     features = image.header.autoclear_features
-    if not features & ~KNOWN_AUTOCLEAR:
+    # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
+    if not int(features) & ~int(KNOWN_AUTOCLEAR):
         return []
     known = int(features & KNOWN_AUTOCLEAR).to_bytes(8, "big")
     return [

@@ -84,7 +84,7 @@ class _Change:
             prepare = (*header_area.clear_unknown_autoclear(self.image), *self._fresh, *self.allocator.prepare())
             stages = [
                 Stage("prepare what nothing refers to yet", prepare),
-                Stage("link the new refcount blocks", tuple(self.allocator.link())),
+                *(Stage("link the new refcount blocks", tuple(writes)) for writes in self.allocator.link()),
                 *switch.stages,
                 Stage("give the old clusters back", tuple(self.allocator.release())),
             ]

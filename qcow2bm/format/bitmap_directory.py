@@ -101,7 +101,8 @@ class BitmapEntry:
         """
         if self.bitmap_table_offset == 0 or not geometry.is_aligned(self.bitmap_table_offset):
             yield f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's"
-        if self.flags & ~(BitmapFlag.IN_USE | BitmapFlag.AUTO):
+        # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
+        if int(self.flags) & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO):
             yield f"it has unknown flags {int(self.flags):#x}"
         if self.type != DIRTY_TRACKING:
             yield f"its type {self.type} is not known"

@@ -197,10 +197,11 @@ class Header:
             raise CorruptImageError(f"cluster size 2^{self.cluster_bits} is not between 512 bytes and 2 MiB")
         if self.refcount_order > MAX_REFCOUNT_ORDER:
             raise CorruptImageError(f"refcount order {self.refcount_order} is above {MAX_REFCOUNT_ORDER}")
-        unknown = self.incompatible_features & ~KNOWN_INCOMPATIBLE
+        # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
+        unknown = int(self.incompatible_features) & ~int(KNOWN_INCOMPATIBLE)
         if unknown:
             raise UnsupportedImageError(
-                f"unknown incompatible features {int(unknown):#x}", hint="a newer QEMU wrote it"
+                f"unknown incompatible features {unknown:#x}", hint="a newer QEMU wrote it"
             )
         self._validate_places()
 

@@ -50,19 +50,21 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
     with naming(image.file.path):
         _require_as_planned(image, plan)
         _require_space(image, plan)
-        writer = _open_undo(image, plan, undo)
+        undo_file, journal = _open_undo(image, plan, undo)
         engine = _Engine(image, plan, progress)
         try:
             engine.run()
         except BaseException:
-            if writer is not None and engine.rolled_back:
-                writer.discard()
+            # A journal that stays would put back a change that is done.
+            if journal is not None and (engine.rolled_back or engine.committed):
+                journal.discard()
+            if undo_file is not None and engine.rolled_back:
+                undo_file.discard()
             raise
-        if writer is not None:
-            if undo is None:
-                writer.discard()
-            else:
-                writer.complete(image.file)
+        if journal is not None:
+            journal.discard()
+        if undo_file is not None:
+            undo_file.complete(image.file)
         image.reload()
 
 
@@ -79,14 +81,25 @@ def _require_space(image: Qcow2Image, plan: Plan) -> None:
         )
 
 
-def _open_undo(image: Qcow2Image, plan: Plan, undo: Path | None) -> UndoWriter | None:
-    if undo is None and not plan.needs_journal:
-        return None
-    if undo is None and image.file.is_device:
-        raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
+def _open_undo(image: Qcow2Image, plan: Plan, undo: Path | None) -> tuple[UndoWriter | None, UndoWriter | None]:
+    """The user's undo file, and the journal beside the image, where whoever opens it next looks for one."""
+    needs_journal = plan.needs_journal
+    if needs_journal and image.file.is_device:
+        if undo is None:
+            raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
+        needs_journal = False
+    if undo is None and not needs_journal:
+        return None, None
     from .undo import UndoWriter  # rarely needed, and its structures take time to declare
 
-    return UndoWriter.create(undo or image.file.journal, image.file, plan)
+    undo_file = UndoWriter.create(undo, image.file, plan) if undo is not None else None
+    try:
+        journal = UndoWriter.create(image.file.journal, image.file, plan) if needs_journal else None
+    except BaseException:
+        if undo_file is not None:
+            undo_file.discard()
+        raise
+    return undo_file, journal
 
 
 class _Engine:
@@ -100,6 +113,7 @@ class _Engine:
         self._done: list[list[Write]] = []
         self._written = 0
         self.rolled_back = False
+        self.committed = False
 
     def run(self) -> None:
         for number, stage in enumerate(self._plan.stages):
@@ -115,6 +129,7 @@ class _Engine:
                 if isinstance(error, OSError):
                     raise self._explain(error, number) from error
                 raise
+            self.committed = self.committed or number == self._plan.commit_stage
 
     def _write(self, stage: Stage) -> None:
         for write in stage.writes:

@@ -7,15 +7,19 @@ and a name that is opened twice may be two different files.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import Self
 
-from ..errors import FlushError, NotQcow2Error, TruncatedImageError, naming
+from ..errors import FlushError, ImageIOError, NotQcow2Error, TruncatedImageError, naming
 from ..format.limits import MAX_CLUSTER_BITS
 
 _JOURNAL_SUFFIX = ".qcow2bm-journal"
+
+_BLKROGET = 0x125E
 
 _SLACK = 1 << MAX_CLUSTER_BITS
 """A structure may end in a cluster that the file holds only in part.
@@ -60,6 +64,8 @@ class ImageFile:
                 mode = os.fstat(fd).st_mode
                 if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                     raise NotQcow2Error("is neither a regular file nor a block device")
+                if writable and stat.S_ISBLK(mode) and _is_read_only(fd):
+                    raise ImageIOError("the device is read-only")
                 size = os.lseek(fd, 0, os.SEEK_END)
             except BaseException:
                 os.close(fd)
@@ -68,8 +74,9 @@ class ImageFile:
 
     @property
     def journal(self) -> Path:
-        """Where a change that needs a journal keeps it when the user names no undo file."""
-        return self.path.with_name(self.path.name + _JOURNAL_SUFFIX)
+        """Where a change that needs a journal keeps it: beside the file itself, by whatever link it was opened."""
+        real = self.path.resolve()
+        return real.with_name(real.name + _JOURNAL_SUFFIX)
 
     def close(self) -> None:
         """Close the file, which also drops its locks."""
@@ -142,3 +149,9 @@ class ImageFile:
             return 0
         status = os.fstatvfs(self.fd)
         return status.f_bavail * status.f_frsize
+
+
+def _is_read_only(fd: int) -> bool:
+    """True for a device that takes no writes: the kernel lets root open one for writing all the same."""
+    flag: int = struct.unpack("@i", fcntl.ioctl(fd, _BLKROGET, bytes(4)))[0]
+    return flag != 0

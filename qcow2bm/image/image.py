@@ -8,10 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..errors import CorruptImageError, LockingUnavailableError, TruncatedImageError, UnsupportedImageError, naming
+from ..errors import (
+    CorruptImageError,
+    LockingUnavailableError,
+    TruncatedImageError,
+    UnsupportedImageError,
+    UsageError,
+    naming,
+)
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea, ExtensionType
 from ..format.geometry import Geometry
 from ..format.header import MAGIC, Header, Incompatible
@@ -72,16 +80,19 @@ class Qcow2Image:
 
         Args:
             writable: refuses an image that another process reads or writes, or that must not be written.
-            force_share: read an image although a VM writes to it; what is seen may be stale.
+            force_share: read an image although a VM writes to it; what is seen may be stale. Not with `writable`.
             use_locks: False takes no locks at all: the caller knows that no VM runs.
             open_file: opens the file; tests put a recording one here.
 
         Raises:
+            UsageError: `writable` and `force_share` together.
             NotQcow2Error, CorruptImageError, UnsupportedImageError: what is wrong with the header.
             InUseError: a conflicting lock is held.
             LockingUnavailableError: `writable` on a file system without locks.
             ImageIOError: the operating system refused.
         """
+        if writable and force_share:
+            raise UsageError("an image that others write to can be opened read-only, not for writing", image=Path(path))
         file = open_file(path, writable=writable)
         try:
             with naming(file.path):

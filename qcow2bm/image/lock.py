@@ -138,4 +138,6 @@ def _describe(fd: int, mode: LockMode) -> str:
 def _advice(mode: LockMode) -> str:
     if mode is LockMode.WRITER:
         return "shut the VM down or wait for the other tool, then try again"
+    if mode is LockMode.FORCED_READER:
+        return "a change is under way: wait for it to end, then try again"
     return "shut the VM down, or read a possibly stale state with -U"

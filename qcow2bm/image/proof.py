@@ -53,8 +53,7 @@ def expected_references(image: Qcow2Image, plan: Plan) -> dict[int, int]:
         if write.length:
             clusters = range(geometry.cluster_of(write.offset), geometry.cluster_of(write.end - 1) + 1)
             for cluster in clusters:
-                # The header cluster is always the header's, also where a plan fills its unused rest.
-                expected[cluster] = 0 if write.old is None and cluster else expected.get(cluster, 1)
+                expected[cluster] = 0 if write.old is None else expected.get(cluster, 1)
     return expected
 
 

@@ -3,7 +3,8 @@
 A plan's order keeps the refcount on disk at or above the number of references at every moment: too high is a leak,
 too low is lost data later. So what is taken is counted in the first stage, long before anything refers to it, and
 what is given back in the last. A new refcount block lies in the range it describes itself, so the one entry that
-links it into the refcount table needs no other.
+links it into the refcount table needs no other. Only where one run of clusters fills whole ranges their blocks lie
+together in front of it, in a range whose block counts before they are linked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 
 from bitarray.util import intervals
 
-from ..errors import CorruptImageError, NoSpaceError, ProofError
+from ..errors import RUN_CHECK, CorruptImageError, NoSpaceError, ProofError
 from ..format.entries import (
     get_refcount,
     refcount_block_offset,
@@ -124,20 +125,48 @@ class Allocator:
         return max(self._taken, default=-1)
 
     def take(self, count: int = 1) -> int:
-        """Offset of `count` contiguous free clusters, which are now taken."""
+        """Offset of `count` contiguous free clusters, which are now taken.
+
+        Raises:
+            NoSpaceError: more clusters than refcount blocks of this size can describe in one piece.
+        """
         geometry = self._image.geometry
+        spare = self._spare_blocks(count)
         while True:
-            begin, last = self._find(count)
+            begin, last = self._find(count + spare)
             first = self._runs[begin][0]
-            blocks = range(
-                first // geometry.refcounts_per_block, (first + count - 1) // geometry.refcounts_per_block + 1
-            )
-            missing = next(
-                (i for i in blocks if i not in self._new_blocks and not self._refcounts.block_offset(i)), None
-            )
-            if missing is None:
+            missing = self._missing_blocks(first, count + spare)
+            if not missing:
                 return geometry.offset_of(self._reserve(begin, last, count))
-            self._add_block(missing)
+            if first // geometry.refcounts_per_block != missing[0] and self._fits_beside(first, missing, spare):
+                place = self._reserve(begin, last, len(missing))
+                self._new_blocks.update({index: place + number for number, index in enumerate(missing)})
+                return geometry.offset_of(self._reserve(begin, begin, count))
+            self._add_block(missing[0])
+
+    def _spare_blocks(self, count: int) -> int:
+        """Clusters to keep free in front of a long run for the blocks of the ranges that it fills altogether."""
+        per_block = self._image.geometry.refcounts_per_block
+        if count < per_block:
+            return 0
+        spare = div_up(count, per_block) + 4
+        if spare >= per_block:
+            raise NoSpaceError(
+                f"{count} clusters in one piece are more than the refcounts of this image can describe",
+                hint="convert the image to larger clusters",
+            )
+        return spare
+
+    def _missing_blocks(self, first: int, count: int) -> list[int]:
+        """Indices of the refcount blocks that `count` clusters from `first` on need and that are not there."""
+        per_block = self._image.geometry.refcounts_per_block
+        indices = range(first // per_block, (first + count - 1) // per_block + 1)
+        return [i for i in indices if i not in self._new_blocks and not self._refcounts.block_offset(i)]
+
+    def _fits_beside(self, first: int, missing: list[int], spare: int) -> bool:
+        """True if all missing blocks fit between `first` and the end of its block's range."""
+        per_block = self._image.geometry.refcounts_per_block
+        return len(missing) <= min(spare, per_block - first % per_block)
 
     def free(self, offset: int, length: int) -> None:
         """Give back the clusters that hold `length` bytes at `offset`.
@@ -151,7 +180,7 @@ class Allocator:
             count = self._refcounts.get(cluster)
             if count != 1 or cluster in self.freed:
                 what = "is used twice" if cluster in self.freed else f"has refcount {count} instead of 1"
-                raise ProofError(f"the cluster at {geometry.offset_of(cluster):#x} {what}")
+                raise ProofError(f"the cluster at {geometry.offset_of(cluster):#x} {what}", hint=RUN_CHECK)
             self.freed.add(cluster)
 
     def _find(self, count: int) -> tuple[int, int]:
@@ -203,6 +232,8 @@ class Allocator:
             raise NoSpaceError("the refcount table would grow above 8 MiB", hint="convert the image to larger clusters")
         self._new_table = self.take(clusters)
         self._table_clusters = clusters
+        if max(self._new_blocks) >= clusters * per_cluster:
+            raise NoSpaceError("the refcount table would grow above 8 MiB", hint="convert the image to larger clusters")
         header = self._image.header
         self.free(header.refcount_table_offset, header.refcount_table_clusters * geometry.cluster_size)
 
@@ -212,7 +243,9 @@ class Allocator:
         """Count what is taken: existing blocks in place, new blocks and a new table in free clusters."""
         geometry = self._image.geometry
         writes: list[Write] = []
-        for index, members in _by_block(self._taken, geometry.refcounts_per_block).items():
+        taken = _by_block(self._taken, geometry.refcounts_per_block)
+        for index in sorted({*taken, *self._new_blocks}):
+            members = taken.get(index, [])
             if index in self._new_blocks:
                 block = bytearray(geometry.cluster_size)
                 for within in members:
@@ -227,22 +260,26 @@ class Allocator:
             writes.append(Write.fresh(self._new_table, table, "new refcount table"))
         return writes
 
-    def link(self) -> list[Write]:
-        """Make new blocks valid: their entries in the refcount table, or the header fields of a new table."""
-        header = self._image.header
+    def link(self) -> list[list[Write]]:
+        """Make new blocks valid: their entries in the refcount table, or the header fields of a new table.
+
+        In stages: a block that lies in another new block's range waits until that one counts.
+        """
+        header, geometry = self._image.header, self._image.geometry
         if self._new_table is not None:
             start, end = REFCOUNT_TABLE_FIELDS, REFCOUNT_TABLE_FIELDS + 12
             new = self._new_table.to_bytes(8, "big") + self._table_clusters.to_bytes(4, "big")
-            return [Write.replace(start, self._image.head[start:end], new, "header: the new refcount table")]
-        return [
-            Write.replace(
+            return [[Write.replace(start, self._image.head[start:end], new, "header: the new refcount table")]]
+        stages: list[list[Write]] = [[], []]
+        for index, cluster in sorted(self._new_blocks.items()):
+            write = Write.replace(
                 header.refcount_table_offset + 8 * index,
                 self._refcounts.table[index].to_bytes(8, "big"),
-                self._image.geometry.offset_of(cluster).to_bytes(8, "big"),
+                geometry.offset_of(cluster).to_bytes(8, "big"),
                 f"refcount table: block {index}",
             )
-            for index, cluster in sorted(self._new_blocks.items())
-        ]
+            stages[cluster // geometry.refcounts_per_block != index].append(write)
+        return stages
 
     def release(self) -> list[Write]:
         """Set the refcounts of what is given back to zero, on top of what `prepare` wrote."""

@@ -1,0 +1,153 @@
+"""The command line as a Typer application.
+
+A command is a row of COMMANDS and a function in a module of its own. Only the one that is called is imported and
+built: building all of them would cost every start more than `list` takes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand
+from typer.main import get_command
+
+from .terminal import printable
+
+app: typer.Typer
+"""All commands, built when it is asked for (PEP 562): for the generated documentation and for tests."""
+
+PROGRAM = "qcow2bm"
+_COMPLETION = "_QCOW2BM_COMPLETE"
+USAGE_STATUS = 64
+
+_LOOK, _CHANGE, _COMBINE, _SAFETY = "Look", "Change", "Combine", "Safety"
+
+
+class _Command(TyperCommand):
+    """A command whose usage line reads as everybody's: `IMAGE`, where Typer would write `{IMAGE}`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401 - a class that Typer does not export
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+class Command(NamedTuple):
+    """Where a command's function is, and the section of the help it belongs to."""
+
+    module: str
+    function: str
+    section: str
+
+
+COMMANDS = {
+    "info": Command("info", "info", _LOOK),
+    "list": Command("list", "list_bitmaps", _LOOK),
+    "show": Command("show", "show", _LOOK),
+    "dump": Command("dump", "dump", _LOOK),
+    "add": Command("add", "add", _CHANGE),
+    "remove": Command("remove", "remove", _CHANGE),
+    "rename": Command("rename", "rename", _CHANGE),
+    "clear": Command("clear", "clear", _CHANGE),
+    "enable": Command("recording", "enable", _CHANGE),
+    "disable": Command("recording", "disable", _CHANGE),
+    "set": Command("ranges", "set_ranges", _CHANGE),
+    "unset": Command("ranges", "unset_ranges", _CHANGE),
+    "merge": Command("merge", "merge", _COMBINE),
+    "copy": Command("copy", "copy", _COMBINE),
+    "undo": Command("undo", "undo", _SAFETY),
+}
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Typer's class of all usage errors, which it does not export."""
+
+
+def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The application with these commands."""
+    built = typer.Typer(
+        name=PROGRAM,
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    built.callback()(_program)
+    for name in names:
+        command = COMMANDS[name]
+        function = getattr(import_module(f".{command.module}", __package__), command.function)
+        built.command(name, cls=_Command, rich_help_panel=command.section)(function)
+    if set(names) == set(COMMANDS):
+        built.command("qemu-img", rich_help_panel=_SAFETY, add_help_option=False)(_qemu_img)
+    return built
+
+
+def __getattr__(name: str) -> object:
+    if name == "app":
+        return application()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def run(words: list[str]) -> int:
+    """Run one command line; returns the exit status.
+
+    Raises:
+        Qcow2bmError, OSError: the command failed.
+    """
+    completing = _COMPLETION in os.environ
+    called = next((word for word in words if not word.startswith("-")), None)
+    only = [called] if called in COMMANDS and called == words[0] and not completing else COMMANDS
+    command = get_command(application(only))
+    if completing:
+        return int(command.main(words, prog_name=PROGRAM, standalone_mode=False) or 0)
+    try:
+        with command.make_context(PROGRAM, list(words)) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.Abort:
+        return 1
+    except _UsageError as error:
+        return _explain_usage(error)
+
+
+def _explain_usage(error: Any) -> int:  # noqa: ANN401 - a class that Typer does not export
+    """A usage error in the form of all others, below the usage of the command it is about."""
+    context = error.ctx
+    if context is not None and type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return USAGE_STATUS
+    what = error.format_message().strip().rstrip(".")
+    help_line = f"`{context.command_path if context is not None else PROGRAM} --help` explains"
+    if context is not None:
+        typer.echo(context.get_usage(), err=True)
+    typer.echo(f"qcow2bm: {printable(what[:1].lower() + what[1:])}; {help_line}", err=True)
+    return USAGE_STATUS
+
+
+def _program(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", show_default=False)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.", show_default=False)
+    ] = False,
+) -> None:
+    """Persistent dirty bitmaps in qcow2 images whose VM is off: look at them, change them, combine them.
+
+    A change is planned first, proved against the image, and committed all at once; a crash leaves the old state or
+    the new one. `--dry-run` prints the plan.
+
+    Exit status: 0 done; 1 failed; 2 the image is corrupt; 4 a bitmap is inconsistent or broken; 63 not a qcow2 image;
+    64 usage; 75 the image is in use, try later.
+    """
+    del debug  # taken out before Typer sees the line, see __main__
+    if version:
+        from .. import __version__
+
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+def _qemu_img() -> None:
+    """qemu-img's own `check` and `bitmap`, as a drop-in: same switches, output and exit status."""
+    raise AssertionError("dispatched in __main__, before Typer is loaded")

@@ -1,0 +1,148 @@
+"""What every command that changes bitmaps does: open, draft, plan, then print the plan or carry it out and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import api
+from ..bitmap.edit import Edit
+from ..errors import UsageError, naming
+from ..image.plan import Plan, Stage
+from .failures import Postponed
+from .output import JsonObject, Output, print_json, warn
+from .progress import ProgressBar
+from .reading import bitmaps_json
+from .sizes import human_size
+from .terminal import painted, printable
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """The options that all changing commands have."""
+
+    command: str
+    dry_run: bool
+    undo: Path | None
+    use_locks: bool
+    output: Output
+    progress: bool | None
+
+
+def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> int:
+    """Let `edit` draft what is wanted, then commit it all at once, or print the plan of it.
+
+    A dry run opens the image as a reader, so that it cannot write even if it wanted to.
+    """
+    with api.open(path, writable=not how.dry_run, use_locks=how.use_locks) as image:
+        if image.qcow2.rolled_back:
+            warn("an earlier change was cut short by a crash; it was rolled back first", path)
+        with naming(path):
+            image.qcow2.require_writable()
+            draft = image.draft()
+            edit(image, draft)
+            plan = draft.plan()
+        if how.dry_run:
+            _print_plan(path, plan, how)
+        else:
+            _commit(image, plan, how)
+            _print_result(image, plan, how)
+    return 0
+
+
+def chosen(draft: Edit, names: list[str] | None, patterns: list[str] | None) -> list[str]:
+    """The bitmaps named, then those that match a pattern, each once.
+
+    Raises:
+        UsageError: there is neither name nor pattern.
+        BitmapNotFoundError: a pattern matches none.
+    """
+    if not names and not patterns:
+        raise UsageError("no bitmap is named", hint="name some, or use --match GLOB")
+    matching = draft.names(*patterns) if patterns else []
+    return list(dict.fromkeys([*(names or []), *matching]))
+
+
+def _commit(image: api.Image, plan: Plan, how: How) -> None:
+    """Carry out the plan. A signal ends it between two writes, as long as the old state can still be put back."""
+    bar = ProgressBar(wanted=how.progress)
+    reversible = sum(write.length for stage in plan.stages[: plan.commit_stage + 1] for write in stage.writes)
+
+    def written(done: int, total: int) -> None:
+        if done < reversible:
+            signals.end_if_asked()
+        bar(done, total)
+
+    with Postponed() as signals:
+        try:
+            image.commit(plan, undo=how.undo, progress=written)
+        finally:
+            bar.clear()
+
+
+# What it prints
+
+
+def _print_plan(path: Path, plan: Plan, how: How) -> None:
+    if how.output is Output.JSON:
+        print_json({**_summary_json(path, plan, how), "stages": [_stage_json(plan, stage) for stage in plan.stages]})
+        return
+    _print_summary(plan)
+    for number, stage in enumerate(plan.stages, 1):
+        mark = "  <- the new state becomes the valid one" if stage is plan.stages[plan.commit_stage] else ""
+        print(f"\n{painted(f'stage {number}: {stage.name}', 'bold')}{mark}")
+        for write in stage.writes:
+            print(f"  {write.offset:#014x}  {write.length:>9}  {printable(write.purpose)}")
+    if plan:
+        print(f"\nwould write {human_size(plan.bytes_written)}; {_growth(plan, 'would grow', 'would not grow')}")
+        print("dry run: nothing was written")
+
+
+def _print_result(image: api.Image, plan: Plan, how: How) -> None:
+    undo = how.undo if plan else None
+    if how.output is Output.JSON:
+        rest = {
+            "undo-file": None if undo is None else str(undo),
+            "rolled-back": image.qcow2.rolled_back,
+            "bitmaps": bitmaps_json(image.bitmaps),
+        }
+        print_json({**_summary_json(image.path, plan, how), **rest})
+        return
+    _print_summary(plan)
+    if plan:
+        print(f"wrote {human_size(plan.bytes_written)}; {_growth(plan, 'grew', 'did not grow')}")
+    if undo is not None:
+        print(f"undo file: {printable(undo)}")
+
+
+def _print_summary(plan: Plan) -> None:
+    for line in plan.summary:
+        print(printable(line))
+    if not plan:
+        print("nothing to do: the image is that way already")
+
+
+def _growth(plan: Plan, grows: str, stays: str) -> str:
+    return f"the file {grows} by {human_size(plan.growth)}" if plan.growth else f"the file {stays}"
+
+
+def _summary_json(path: Path, plan: Plan, how: How) -> dict[str, object]:
+    return {
+        "command": how.command,
+        "image": str(path),
+        "dry-run": how.dry_run,
+        "changed": bool(plan) and not how.dry_run,
+        "summary": list(plan.summary),
+        "bytes-written": plan.bytes_written,
+        "growth": plan.growth,
+    }
+
+
+def _stage_json(plan: Plan, stage: Stage) -> JsonObject:
+    writes = [
+        {"offset": write.offset, "length": write.length, "purpose": write.purpose, "overwrites": write.old is not None}
+        for write in stage.writes
+    ]
+    commits = stage is plan.stages[plan.commit_stage]
+    return {"name": stage.name, "atomic": stage.atomic, "commits": commits, "writes": writes}

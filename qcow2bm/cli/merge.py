@@ -1,0 +1,79 @@
+"""`qcow2bm merge`: the union of bitmaps."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import api
+from ..bitmap.edit import Edit, Source
+from ..errors import UsageError
+from .change import How, change
+from .completion import bitmap_names
+from .completion import sources as complete_sources
+from .options import (
+    DryRunOption,
+    GranularityOption,
+    ImageArgument,
+    NoLockOption,
+    OutputOption,
+    ProgressOption,
+    UndoOption,
+)
+from .output import Output
+from .sources import Sources
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(metavar="TARGET", help="The bitmap to merge into.", show_default=False, autocompletion=bitmap_names),
+]
+SourcesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE...", show_default=False, autocompletion=complete_sources,
+        help="Bitmaps of IMAGE, or OTHER.qcow2#BITMAP from another image of the same disk size.",
+    ),
+]  # fmt: skip
+CreateOption = Annotated[bool, typer.Option("--create", help="Add TARGET if it is not there.", show_default=False)]
+
+
+def merge(
+    image: ImageArgument,
+    target: TargetArgument,
+    source: SourcesArgument,
+    *,
+    create: CreateOption = False,
+    granularity: GranularityOption = None,
+    dry_run: DryRunOption = False,
+    undo: UndoOption = None,
+    no_lock: NoLockOption = False,
+    output: OutputOption = Output.HUMAN,
+    progress: ProgressOption = None,
+) -> int:
+    """Mark in one bitmap what is dirty in any of others, whatever their granularities. The sources stay as they are.
+
+    With --create a missing TARGET is added, with the smallest granularity among the sources unless -g says
+    otherwise; it records if one of them does. Other images are only read, and kept locked until all is written.
+    """
+    if granularity is not None and not create:
+        raise UsageError("-g is for a target that --create adds", hint="`qcow2bm copy -g` changes a granularity")
+    how = How("merge", dry_run, undo, not no_lock, output, progress)
+    with Sources(image, use_locks=not no_lock) as others:
+
+        def edit(opened: api.Image, draft: Edit) -> None:
+            found = [others.find(word, opened.bitmaps) for word in source]
+            if create and target not in opened.bitmaps.names:
+                _add_target(opened, draft, target, found, granularity)
+            draft.merge(target, found)
+
+        return change(image, edit, how)
+
+
+def _add_target(
+    image: api.Image, draft: Edit, target: str, sources: list[str | Source], granularity: int | None
+) -> None:
+    """A bitmap that is to hold the union: of no coarser grain than any source, and recording if one of them is."""
+    known = [image.bitmaps[source] if isinstance(source, str) else source for source in sources]
+    chosen = min(source.granularity for source in known) if granularity is None else granularity
+    draft.add(target, granularity=chosen, recording=any(source.recording for source in known))

@@ -1,0 +1,97 @@
+"""Where each field of an on-disk structure lies and what its bytes say, without judging them: for looking at damage.
+
+The structures themselves stay where they are defined; this module only walks them, so a dump and the parser can never
+disagree about an offset. Whatever the data ends before is left out instead of refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from construct import Struct
+
+from .bitmap_directory import _ENTRY as _BITMAP_ENTRY
+from .bitmap_directory import BitmapEntry
+from .extensions import _BITMAPS, _CRYPTO, HEAD_LENGTH, Extension, ExtensionType
+from .header import _V2, _V3, V2_LENGTH, V3_LENGTH
+from .snapshot_table import _ENTRY as _SNAPSHOT_ENTRY
+from .snapshot_table import SnapshotEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field: its name in the specification, its place in the file, its value."""
+
+    name: str
+    offset: int
+    length: int
+    value: int | bytes
+
+
+def _walk(struct: Struct, data: bytes, base: int) -> Iterator[Field]:
+    """The fixed-size fields of `struct`, which starts at `base`, as far as `data` holds them."""
+    at = 0
+    for part in struct.subcons:
+        length = part.sizeof()
+        raw = data[at : at + length]
+        if len(raw) < length:
+            return
+        yield Field(part.name or "", base + at, length, part.parse(raw))
+        at += length
+
+
+def _raw(name: str, offset: int, data: bytes) -> Iterator[Field]:
+    if data:
+        yield Field(name, offset, len(data), data)
+
+
+def header_fields(data: bytes) -> Iterator[Field]:
+    """The header's fields: those of version 2, then those of later versions up to what `header_length` says."""
+    yield from _walk(_V2, data, 0)
+    if int.from_bytes(data[4:8], "big") < 3:
+        return
+    yield from _walk(_V3, data[V2_LENGTH:], V2_LENGTH)
+    end = int.from_bytes(data[V3_LENGTH - 4 : V3_LENGTH], "big")
+    additional = data[V3_LENGTH:end] if V3_LENGTH < end <= len(data) else b""
+    if additional:
+        yield Field("compression_type", V3_LENGTH, 1, additional[0])
+        yield from _raw("additional", V3_LENGTH + 1, additional[1:])
+
+
+def extension_fields(extension: Extension) -> Iterator[Field]:
+    """An extension's head and its data, field by field where the specification gives it fields."""
+    yield Field("type", extension.offset, 4, extension.type)
+    yield Field("length", extension.offset + 4, 4, len(extension.data))
+    known = {ExtensionType.BITMAPS: _BITMAPS, ExtensionType.CRYPTO_HEADER: _CRYPTO}
+    struct = next((found for kind, found in known.items() if kind == extension.type), None)
+    if struct is None:
+        yield from _raw("data", extension.data_offset, extension.data)
+    else:
+        yield from _walk(struct, extension.data, extension.data_offset)
+        known_length = struct.sizeof()
+        yield from _raw("excess", extension.data_offset + known_length, extension.data[known_length:])
+    yield from _raw("padding", extension.offset + HEAD_LENGTH + len(extension.data), extension.padding)
+
+
+def bitmap_entry_fields(entry: BitmapEntry, offset: int) -> Iterator[Field]:
+    """The fields of a bitmap directory entry that lies at `offset`."""
+    data = entry.build()
+    yield from _walk(_BITMAP_ENTRY, data, offset)
+    at = offset + _BITMAP_ENTRY.sizeof()
+    for name, raw in (("extra_data", entry.extra_data), ("name", entry.name), ("padding", entry.padding)):
+        yield from _raw(name, at, raw)
+        at += len(raw)
+
+
+def snapshot_fields(entry: SnapshotEntry, offset: int) -> Iterator[Field]:
+    """The fields of a snapshot table entry that lies at `offset`."""
+    data = entry.build()
+    yield from _walk(_SNAPSHOT_ENTRY, data, offset)
+    at = offset + _SNAPSHOT_ENTRY.sizeof()
+    parts = (("extra_data", entry.extra_data), ("id", entry.id), ("name", entry.name), ("padding", entry.padding))
+    for name, raw in parts:
+        yield from _raw(name, at, raw)
+        at += len(raw)

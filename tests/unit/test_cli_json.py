@@ -1,0 +1,128 @@
+"""What `--output json` prints is what docs/schemas says, key for key."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+from qcow2bm import __main__
+from qcow2bm.cli.app import COMMANDS
+from tests.support.images import FIXTURES, all_fixtures, unpack
+
+SCHEMAS = {
+    path.name: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((FIXTURES.parent / "docs" / "schemas").glob("*.schema.json"))
+}
+SHARED = "bitmap.schema.json"
+
+
+def strict(schema: Any) -> Any:
+    """The schema with every key that it does not know forbidden: a key that nobody wrote down is a bug of ours."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: strict(value) for key, value in schema.items() if key not in {"oneOf", "const", "enum"}}
+    result |= {key: schema[key] for key in ("const", "enum") if key in schema}
+    if (
+        "oneOf" in schema
+    ):  # alternatives of one object are told apart by what they require, and not closed by themselves
+        inner = [strict(item) if "type" in item else item for item in schema["oneOf"]]
+        result["oneOf"] = inner
+    if "$ref" in schema or ("properties" in schema and "type" in schema and schema.get("$id") != SHARED):
+        result["unevaluatedProperties"] = False
+    return result
+
+
+def validator(name: str) -> Draft202012Validator:
+    registry: Registry[Any] = Registry().with_resources(
+        (key, Resource.from_contents(strict(copy.deepcopy(schema)))) for key, schema in SCHEMAS.items()
+    )
+    return Draft202012Validator(strict(SCHEMAS[f"{name}.schema.json"]), registry=registry)
+
+
+@pytest.fixture
+def document(capsys):
+    """Run a command with --output json: its one object."""
+
+    def runner(*words: str | Path) -> dict[str, Any]:
+        __main__.main([*(str(word) for word in words[:1]), "--output", "json", *(str(word) for word in words[1:])])
+        parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return parsed
+
+    return runner
+
+
+def check(name: str, parsed: dict[str, Any]) -> None:
+    validator(name).validate(parsed)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schemas_are_schemas(name: str) -> None:
+    Draft202012Validator.check_schema(SCHEMAS[name])
+
+
+def test_every_command_has_a_schema() -> None:
+    own = {name.removesuffix(".schema.json") for name in SCHEMAS}
+    assert set(COMMANDS) == (own & set(COMMANDS)) | set(SCHEMAS["change.schema.json"]["properties"]["command"]["enum"])
+
+
+@pytest.mark.parametrize("sample", all_fixtures(), ids=lambda sample: sample.name)
+def test_reading_commands(sample, tmp_path: Path, document) -> None:
+    path = sample.unpack(tmp_path)
+    check("list", document("list", path, tmp_path / "missing"))
+    check("info", document("info", path))
+    check("dump", document("dump", path))
+    for name in list(sample.bitmaps)[:5]:
+        check("show", document("show", "--", path, name))
+        check("show", document("show", "--extents", "--stale", "--", path, name))
+
+
+def test_damaged_images(tmp_path: Path, document) -> None:
+    path = unpack("office-week", tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(100_000)
+    for name in ("list", "info", "dump"):
+        check(name, document(name, path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["add", "{}", "new"],
+        ["remove", "{}", "mon", "tue"],
+        ["rename", "{}", "mon", "x"],
+        ["clear", "{}", "mon"],
+        ["enable", "{}", "mon"],
+        ["disable", "{}", "mon"],
+        ["set", "{}", "mon", "--range", "0+1G"],
+        ["unset", "{}", "mon", "--range", "0+1G"],
+        ["merge", "{}", "mon", "tue"],
+        ["copy", "{}#mon", "{}#x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_changing_commands(words: list[str], tmp_path: Path, document) -> None:
+    path = unpack("office-week", tmp_path)
+    words = [word.replace("{}", str(path)) for word in words]
+    check("change", document(*words, "--dry-run"))
+    done = document(*words, "--undo", tmp_path / "undo")
+    check("change", done)
+    if done["changed"]:
+        check("undo", document("undo", path, tmp_path / "undo"))
+
+
+def test_a_key_that_is_not_written_down_would_be_seen(tmp_path: Path, document) -> None:
+    """Guards the guard."""
+    parsed = document("list", unpack("office-week", tmp_path))
+    parsed["images"][0]["bitmaps"][0]["surprise"] = 1
+    assert not validator("list").is_valid(parsed)
+    del parsed["images"][0]["bitmaps"][0]["surprise"]
+    del parsed["images"][0]["bitmaps"][0]["granularity"]
+    assert not validator("list").is_valid(parsed)

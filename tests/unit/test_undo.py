@@ -1,0 +1,462 @@
+"""Undo files and the journal: the old bytes come back to the last one, or nothing is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qcow2bm
+from qcow2bm import Edit
+from qcow2bm.errors import UndoError, UnsupportedImageError
+from qcow2bm.image.undo import State, UndoFile
+from tests.support.qemu import check, qemu_img, qemu_io
+from tests.support.raw import Raw
+from tests.support.recording import PowerCutError, Tape
+from tests.support.scenes import (
+    SCENES,
+    Scene,
+    add_data,
+    behind_another,
+    one,
+    remove_all,
+    several,
+    small,
+    straddling,
+    three,
+    tiny,
+)
+from tests.support.states import bitmaps
+
+JOURNAL = "image.qcow2.qcow2bm-journal"
+USED_HEADER = 68  # magic, fields and checksum; the rest of the first sector is padding
+
+
+def change(image: Path, edit: Callable[[Edit], object], undo: Path | None = None, tape: Tape | None = None) -> None:
+    with qcow2bm.open(image, writable=True, open_file=(tape or Tape()).open) as opened, opened.edit(undo=undo) as draft:
+        edit(draft)
+
+
+def cut(image: Path, edit: Callable[[Edit], object], number: int, *, partial: bool, undo: Path | None = None) -> bool:
+    """Change an image and cut the power at a write; False if the change was done before that."""
+    tape = Tape(fail_at=number, power_cut=True, partial=partial)
+    try:
+        change(image, edit, undo, tape)
+    except PowerCutError:
+        # A process without power does not tidy up.
+        assert tape.journal is not None
+        (image.parent / JOURNAL).write_bytes(tape.journal)
+        return True
+    return False
+
+
+@pytest.fixture
+def undone(tmp_path: Path) -> tuple[Path, Path, bytes]:
+    """A changed image of small clusters, its undo file, and its bytes before."""
+    image, undo = tiny(tmp_path), tmp_path / "undo"
+    before = image.read_bytes()
+    change(image, lambda edit: edit.rename("a", "b"), undo)
+    return image, undo, before
+
+
+# ---- putting back ----
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=[scene.name for scene in SCENES])
+def test_undo_gives_back_every_byte_and_the_length_after_every_kind_of_edit(tmp_path: Path, scene: Scene) -> None:
+    image, undo = scene.make(tmp_path), tmp_path / "undo"
+    before = image.read_bytes()
+    change(image, scene.edit, undo)
+    assert image.read_bytes() != before
+    qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+
+
+def test_free_clusters_get_their_old_content_back(tmp_path: Path) -> None:
+    """Whoever looks for lost data looks there."""
+    image, undo = three(tmp_path), tmp_path / "undo"
+    raw = Raw.load(image)
+    free = next(n for n in range(1, len(raw.data) // raw.cluster_size) if not raw.refcount(n))
+    raw.data[free * raw.cluster_size :][:9] = b"precious!"
+    raw.data[free * raw.cluster_size : free * raw.cluster_size + 9] = b"precious!"
+    raw.save(image)
+    before = image.read_bytes()
+    change(image, several, undo)
+    assert b"precious!" not in image.read_bytes()
+    qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+
+
+def test_an_undo_file_is_used_once(undone: tuple[Path, Path, bytes]) -> None:
+    image, undo, before = undone
+    qcow2bm.undo(image, undo)
+    with pytest.raises(UndoError, match="used already"):
+        qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+
+
+def test_edits_are_undone_one_after_the_other(tmp_path: Path) -> None:
+    image = three(tmp_path)
+    states = []
+    for number, edit in enumerate((add_data, lambda edit: edit.clear("a"), remove_all)):
+        states.append(image.read_bytes())
+        change(image, edit, tmp_path / str(number))
+    for number in (2, 1, 0):
+        qcow2bm.undo(image, tmp_path / str(number))
+        assert image.read_bytes() == states[number]
+
+
+def test_edits_are_not_undone_out_of_order(tmp_path: Path) -> None:
+    image = three(tmp_path)
+    change(image, add_data, tmp_path / "first")
+    change(image, lambda edit: edit.clear("a"), tmp_path / "second")
+    after = image.read_bytes()
+    with pytest.raises(UndoError, match="has changed"):
+        qcow2bm.undo(image, tmp_path / "first")
+    assert image.read_bytes() == after
+
+
+def test_a_change_that_comes_to_nothing_leaves_no_undo_file(tmp_path: Path) -> None:
+    image, undo = one(tmp_path), tmp_path / "undo"
+    change(image, lambda edit: edit.enable("a"), undo)
+    assert not undo.exists()
+
+
+def test_a_change_that_fails_and_is_put_back_leaves_no_undo_file(tmp_path: Path) -> None:
+    image, undo = one(tmp_path), tmp_path / "undo"
+    with pytest.raises(qcow2bm.Qcow2bmError, match="put back"):
+        change(image, add_data, undo, Tape(fail_at=2))
+    assert not undo.exists()
+
+
+# ---- refusing ----
+
+
+def refused(image: Path, undo: Path, match: str | None = "has changed") -> None:
+    before = image.read_bytes()
+    with pytest.raises(UndoError, match=match):
+        qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+
+
+def with_stamp_kept(image: Path, touch: Callable[[], object]) -> None:
+    """Change an image and put its time stamp back: only the content can tell."""
+    stamp = image.stat()
+    touch()
+    os.utime(image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def poke(image: Path, offset: int, value: int, length: int = 1) -> Callable[[], None]:
+    def do() -> None:
+        raw = Raw.load(image)
+        raw.put(offset, value, length)
+        raw.save(image)
+
+    return do
+
+
+def test_after_a_change_of_the_first_sector_undo_is_refused(undone: tuple[Path, Path, bytes]) -> None:
+    image, undo, _ = undone
+    for offset in (63, 100, 300, 511):
+        with_stamp_kept(image, poke(image, offset, Raw.load(image).number(offset, 1) ^ 1))
+        refused(image, undo)
+        with_stamp_kept(image, poke(image, offset, Raw.load(image).number(offset, 1) ^ 1))
+    qcow2bm.undo(image, undo)
+
+
+def test_after_a_change_of_a_refcount_undo_is_refused(undone: tuple[Path, Path, bytes]) -> None:
+    image, undo, before = undone
+    place = next(at for at in range(512, len(before)) if image.read_bytes()[at] != before[at])
+    with_stamp_kept(image, poke(image, place, 77))
+    refused(image, undo)
+
+
+def test_after_a_change_of_length_undo_is_refused(undone: tuple[Path, Path, bytes]) -> None:
+    image, undo, _ = undone
+    size = image.stat().st_size
+    with_stamp_kept(image, lambda: os.truncate(image, size + 512))
+    refused(image, undo)
+    with_stamp_kept(image, lambda: os.truncate(image, size - 512))
+    refused(image, undo)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda image: qemu_img("bitmap", "--disable", image, "a"),
+        lambda image: qemu_img("bitmap", "--add", image, "z"),
+        lambda image: qemu_img("snapshot", "-c", "s", image),
+        lambda image: qemu_img("resize", "-q", image, "8M"),
+    ],
+    ids=["disable", "add", "snapshot", "resize"],
+)
+def test_after_qemu_changed_the_image_undo_is_refused(tmp_path: Path, touch: Callable[[Path], object]) -> None:
+    image, undo = three(tmp_path), tmp_path / "undo"
+    change(image, lambda edit: edit.remove("b"), undo)
+    with_stamp_kept(image, lambda: touch(image))
+    refused(image, undo)
+
+
+def test_after_a_guest_write_undo_is_refused_by_the_time_stamp_unless_forced(tmp_path: Path) -> None:
+    image, undo = three(tmp_path), tmp_path / "undo"
+    change(image, lambda edit: edit.disable("a", "b"), undo)
+    qemu_io(image, "write -P 8 1M 512")
+    refused(image, undo)
+    again = tmp_path / "again"
+    again.mkdir()
+    image, undo = three(again), tmp_path / "undo 2"
+    old = bitmaps(image)
+    change(image, lambda edit: edit.disable("a", "b"), undo)
+    os.utime(image)
+    refused(image, undo, "written to since")
+    qcow2bm.undo(image, undo, force=True)
+    assert bitmaps(image) == old
+
+
+def test_the_undo_file_of_another_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    image, other, undo = three(tmp_path), one(tmp_path / "other"), tmp_path / "undo"
+    change(image, several, undo)
+    refused(other, undo)
+
+
+# ---- damaged undo files ----
+
+
+def test_every_flipped_byte_of_an_undo_file_is_found_before_anything_is_written(
+    undone: tuple[Path, Path, bytes],
+) -> None:
+    """Only the padding of its first sector means nothing: there a flip is harmless."""
+    image, undo, before = undone
+    after, stamp = image.read_bytes(), image.stat()
+    good = undo.read_bytes()
+    assert 512 < len(good) < 4096
+    for place in range(len(good)):
+        for mask in (0x01, 0xFF):
+            bad = bytearray(good)
+            bad[place] ^= mask
+            undo.write_bytes(bad)
+            if USED_HEADER <= place < 512:
+                continue
+            with pytest.raises(UndoError):
+                qcow2bm.undo(image, undo)
+            assert image.read_bytes() == after, place
+    padded = good[:USED_HEADER] + bytes(byte ^ 0xFF for byte in good[USED_HEADER:512]) + good[512:]
+    undo.write_bytes(padded)
+    assert image.stat().st_mtime_ns == stamp.st_mtime_ns
+    qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+
+
+def test_an_undo_file_cut_short_anywhere_is_found(undone: tuple[Path, Path, bytes]) -> None:
+    image, undo, _ = undone
+    after, good = image.read_bytes(), undo.read_bytes()
+    for length in range(len(good)):
+        undo.write_bytes(good[:length])
+        with pytest.raises(UndoError):
+            qcow2bm.undo(image, undo)
+    assert image.read_bytes() == after
+
+
+@pytest.mark.parametrize("claim", [1, 1 << 40, (1 << 64) - 1])
+def test_a_record_that_claims_more_than_there_is_costs_no_memory(
+    undone: tuple[Path, Path, bytes], claim: int
+) -> None:
+    """With checksums that are right: a made-up file, not a damaged one."""
+    from crc32c import crc32c
+
+    image, undo, _ = undone
+    data = bytearray(undo.read_bytes())
+    data[512 + 8 : 512 + 16] = claim.to_bytes(8, "little")
+    data[512 + 16 : 512 + 24] = bytes(8)  # all zero before, nothing stored
+    data[512 + 32 : 512 + 36] = crc32c(bytes(data[512 + 36 + 4 :])[: int.from_bytes(data[536:544], "little")]).to_bytes(
+        4, "little"
+    )
+    data[548:552] = crc32c(bytes(data[512:548])).to_bytes(4, "little")
+    undo.write_bytes(data)
+    refused(image, undo, None)
+
+
+# ---- the file itself ----
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
+    image, undo = one(tmp_path), tmp_path / "undo"
+    undo.write_bytes(b"mine")
+    before = image.read_bytes()
+    with pytest.raises(UndoError, match="cannot create"):
+        change(image, add_data, undo)
+    assert undo.read_bytes() == b"mine"
+    assert image.read_bytes() == before
+
+
+def test_a_symlink_is_never_followed(tmp_path: Path) -> None:
+    image, undo, target = one(tmp_path), tmp_path / "undo", tmp_path / "target"
+    undo.symlink_to(target)
+    with pytest.raises(UndoError, match="cannot create"):
+        change(image, add_data, undo)
+    assert not target.exists()
+    undo.unlink()
+    change(image, add_data, target)
+    undo.symlink_to(target)
+    refused(image, undo, "cannot open")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    image = one(tmp_path)
+    before = image.read_bytes()
+    with pytest.raises(UndoError, match="nowhere/undo: No such file"):
+        change(image, add_data, tmp_path / "nowhere" / "undo")
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 600, bytes(1024)])
+def test_another_file_is_no_undo_file(undone: tuple[Path, Path, bytes], tmp_path: Path, content: bytes) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(content)
+    refused(undone[0], other, "not an undo file")
+
+
+def test_a_pipe_or_folder_is_no_undo_file(undone: tuple[Path, Path, bytes], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path):
+        refused(undone[0], place, None)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_the_undo_file_is_no_more_open_than_the_image(tmp_path: Path, mode: int) -> None:
+    image, undo = one(tmp_path), tmp_path / "undo"
+    image.chmod(mode)
+    mask = os.umask(0)
+    try:
+        change(image, add_data, undo)
+    finally:
+        os.umask(mask)
+    assert undo.stat().st_mode & 0o777 == mode
+
+
+# ---- the journal ----
+
+JOURNALLED = (Scene("moved extensions", behind_another, remove_all), Scene("switch", straddling, add_data))
+
+
+@pytest.mark.parametrize("scene", JOURNALLED, ids=[scene.name for scene in JOURNALLED])
+@pytest.mark.parametrize("partial", [False, True], ids=["whole", "half"])
+@pytest.mark.parametrize("undo", [False, True], ids=["journal", "journal and undo file"])
+def test_after_power_is_cut_at_any_write_readers_refuse_and_the_next_writer_rolls_back(
+    tmp_path: Path, scene: Scene, partial: bool, undo: bool
+) -> None:
+    number = 0
+    while True:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        image = scene.make(folder)
+        before = image.read_bytes()
+        if not cut(image, scene.edit, number, partial=partial, undo=folder / "undo" if undo else None):
+            break
+        with pytest.raises(UnsupportedImageError, match="cut short"):
+            qcow2bm.open(image)
+        with qcow2bm.open(image, writable=True) as opened:
+            assert opened.qcow2.rolled_back
+        assert image.read_bytes() == before, number
+        assert not (folder / JOURNAL).exists()
+        with qcow2bm.open(image, writable=True) as opened:
+            assert not opened.qcow2.rolled_back
+        number += 1
+    assert number >= 2
+    assert not (folder / JOURNAL).exists()
+    assert check(image)["returncode"] == 0
+
+
+def test_a_rollback_cut_short_at_any_write_is_finished_by_the_next_one(tmp_path: Path) -> None:
+    image = straddling(tmp_path)
+    before = image.read_bytes()
+    assert cut(image, add_data, 4, partial=True)
+    torn, journal = image.read_bytes(), (tmp_path / JOURNAL).read_bytes()
+    number = 0
+    while True:
+        image.write_bytes(torn)
+        (tmp_path / JOURNAL).write_bytes(journal)
+        try:
+            tape = Tape(fail_at=number, power_cut=True, partial=True)
+            qcow2bm.open(image, writable=True, open_file=tape.open).close()
+        except PowerCutError:
+            pass
+        else:
+            break
+        assert (tmp_path / JOURNAL).exists()
+        qcow2bm.open(image, writable=True).close()
+        assert image.read_bytes() == before
+        number += 1
+    assert number >= 3
+
+
+def test_an_undo_cut_short_at_any_write_is_finished_by_doing_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, undo = small(tmp_path), tmp_path / "undo"
+    before = image.read_bytes()
+    change(image, lambda edit: edit.merge("daily", ["full", "sectors"]), undo)
+    after, kept, stamp = image.read_bytes(), undo.read_bytes(), image.stat().st_mtime_ns
+    number = 0
+    while True:
+        image.write_bytes(after)
+        os.utime(image, ns=(stamp, stamp))
+        undo.write_bytes(kept)
+        tape = Tape(fail_at=number, power_cut=True, partial=True)
+        file = tape.open(image, writable=True)
+        try:
+            with UndoFile(undo) as old:
+                old.restore(file)
+        except PowerCutError:
+            pass
+        else:
+            break
+        finally:
+            file.close()
+        with UndoFile(undo) as old:
+            assert old.state is State.IN_PROGRESS
+        qcow2bm.undo(image, undo)
+        assert image.read_bytes() == before
+        number += 1
+    assert number >= 3
+
+
+def test_a_damaged_journal_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    image = straddling(tmp_path)
+    assert cut(image, add_data, 4, partial=False)
+    journal = bytearray((tmp_path / JOURNAL).read_bytes())
+    journal[-1] ^= 1
+    (tmp_path / JOURNAL).write_bytes(journal)
+    torn = image.read_bytes()
+    with pytest.raises(UndoError, match="damaged"):
+        qcow2bm.open(image, writable=True)
+    assert image.read_bytes() == torn
+    assert (tmp_path / JOURNAL).read_bytes() == journal
+
+
+def test_the_journal_lies_beside_the_image_itself_not_beside_a_link_to_it(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    image, link = straddling(tmp_path / "real"), tmp_path / "link.qcow2"
+    link.symlink_to(image)
+    before = image.read_bytes()
+    with pytest.raises(PowerCutError):
+        change(link, add_data, None, Tape(fail_at=4, power_cut=True))
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link.qcow2"}
+    qcow2bm.open(image, writable=True).close()
+    assert image.read_bytes() == before
+
+
+def test_a_journal_cannot_be_made_on_a_device_without_a_place_for_it(tmp_path: Path) -> None:
+    image = straddling(tmp_path)
+    os.truncate(image, 4 << 20)
+    before = image.read_bytes()
+    with pytest.raises(UndoError, match="--undo"):
+        change(image, add_data, None, Tape(device=True))
+    assert image.read_bytes() == before
+    change(image, add_data, tmp_path / "undo", Tape(device=True))
+    assert not (tmp_path / JOURNAL).exists()
+    qcow2bm.undo(image, tmp_path / "undo")
+    assert image.read_bytes() == before
