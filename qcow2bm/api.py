@@ -10,21 +10,23 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from .bitmap.edit import Edit, Source
 from .bitmap.store import BitmapDirectory, State, StoredBitmap
 from .errors import naming
 from .format.extensions import ExtensionType
 from .format.snapshot_table import SnapshotEntry
-from .image.commit import Progress, commit
 from .image.file import ImageFile
 from .image.image import OpenFile, Qcow2Image
 from .image.lock import LockMode, acquire, holders
 from .image.mapping import Run, runs
-from .image.plan import Plan
 from .image.references import Kind, Reference
-from .image.usage import usage
+
+if TYPE_CHECKING:
+    # Whoever only reads loads none of this: starting up is most of what a small command costs.
+    from .bitmap.edit import Edit, Source
+    from .image.commit import Progress
+    from .image.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ class Bitmap:
 
         Keep this image open until the commit.
         """
+        from .bitmap.edit import Source
+
         return Source.stored(self._image, self.name)
 
 
@@ -236,6 +240,8 @@ class Image:
         Raises:
             CorruptImageError: a table cannot be read.
         """
+        from .image.usage import usage
+
         with naming(self.path):
             return usage(self.qcow2, self.bitmaps.references())
 
@@ -247,6 +253,8 @@ class Image:
         Raises:
             UnsupportedImageError, BitmapBrokenError: the image cannot take edits of its bitmaps.
         """
+        from .bitmap.edit import Edit
+
         with naming(self.path):
             return Edit.of(self.qcow2)
 
@@ -254,6 +262,8 @@ class Image:
         self, plan: Plan, *, undo: str | os.PathLike[str] | None = None, progress: Progress | None = None
     ) -> None:
         """Carry out a plan; raises as `qcow2bm.image.commit.commit`."""
+        from .image.commit import commit
+
         if plan:
             commit(self.qcow2, plan, undo=Path(undo) if undo is not None else None, progress=progress)
             self._bitmaps = None

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for the on-disk structures: values with every field at its edges, unknown bits and bytes included."""
+"""Hypothesis strategies for the on-disk structures: every field at its edges, unknown bits and bytes included."""
 
 from __future__ import annotations
 

@@ -284,6 +284,8 @@ class Edit:
         return draft
 
     def _append(self, name: str, granularity: int, bits: BitVector, *, recording: bool) -> None:
+        if len(self.drafts) >= MAX_BITMAPS:
+            raise BitmapLimitError(f"an image holds at most {MAX_BITMAPS} bitmaps")
         flags = BitmapFlag.AUTO if recording else BitmapFlag(0)
         self.drafts.append(Draft(encode_name(name), granularity.bit_length() - 1, flags, bits))
 
@@ -336,5 +338,3 @@ class Edit:
             )
         if not self.image.geometry.virtual_size:
             raise BitmapLimitError("a disk of 0 bytes cannot have a bitmap")
-        if len(self.drafts) >= MAX_BITMAPS:
-            raise BitmapLimitError(f"an image holds at most {MAX_BITMAPS} bitmaps")

@@ -12,15 +12,17 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 from typer.main import get_command
 
+from ..errors import NotQcow2Error
 from .terminal import printable
 
 app: typer.Typer
 """All commands, built when it is asked for (PEP 562): for the generated documentation and for tests."""
 
 PROGRAM = "qcow2bm"
+_FORMAT = "qcow2"
 _COMPLETION = "_QCOW2BM_COMPLETE"
 USAGE_STATUS = 64
 
@@ -28,10 +30,27 @@ _LOOK, _CHANGE, _COMBINE, _SAFETY = "Look", "Change", "Combine", "Safety"
 
 
 class _Command(TyperCommand):
-    """A command whose usage line reads as everybody's: `IMAGE`, where Typer would write `{IMAGE}`."""
+    """What all commands have: a usage line with `IMAGE`, where Typer would write `{IMAGE}`, and `-f qcow2`."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:  # noqa: ANN401 - handed on as they are
+        super().__init__(*args, **settings)
+        self.params.append(
+            TyperOption(
+                param_decls=["-f", "--format"],
+                metavar="FORMAT",
+                help="The image's format: qcow2, and nothing else is ever guessed.",
+                callback=_only_qcow2,
+                expose_value=False,
+            )
+        )
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401 - a class that Typer does not export
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
+def _only_qcow2(_: object, __: object, value: str | None) -> None:
+    if value not in (None, _FORMAT):
+        raise NotQcow2Error(f"format '{value}' is none that qcow2bm handles", hint="it reads and writes qcow2")
 
 
 class Command(NamedTuple):

@@ -10,7 +10,7 @@ from .. import api
 from ..bitmap.edit import Edit
 from ..errors import UsageError, naming
 from ..image.plan import Plan, Stage
-from .failures import Postponed
+from .committing import commit
 from .output import JsonObject, Output, print_json, warn
 from .progress import ProgressBar
 from .reading import bitmaps_json
@@ -46,7 +46,8 @@ def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> i
         if how.dry_run:
             _print_plan(path, plan, how)
         else:
-            _commit(image, plan, how)
+            with ProgressBar(wanted=how.progress) as bar:
+                commit(image, plan, undo=how.undo, progress=bar)
             _print_result(image, plan, how)
     return 0
 
@@ -62,23 +63,6 @@ def chosen(draft: Edit, names: list[str] | None, patterns: list[str] | None) -> 
         raise UsageError("no bitmap is named", hint="name some, or use --match GLOB")
     matching = draft.names(*patterns) if patterns else []
     return list(dict.fromkeys([*(names or []), *matching]))
-
-
-def _commit(image: api.Image, plan: Plan, how: How) -> None:
-    """Carry out the plan. A signal ends it between two writes, as long as the old state can still be put back."""
-    bar = ProgressBar(wanted=how.progress)
-    reversible = sum(write.length for stage in plan.stages[: plan.commit_stage + 1] for write in stage.writes)
-
-    def written(done: int, total: int) -> None:
-        if done < reversible:
-            signals.end_if_asked()
-        bar(done, total)
-
-    with Postponed() as signals:
-        try:
-            image.commit(plan, undo=how.undo, progress=written)
-        finally:
-            bar.clear()
 
 
 # What it prints

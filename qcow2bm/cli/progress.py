@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from typing import Self
 
 from .sizes import human_size
 from .terminal import is_terminal
@@ -16,7 +17,7 @@ _CELLS = 30
 
 
 class ProgressBar:
-    """Call it with bytes written and bytes to write, as the commit engine does. `clear` it at the end."""
+    """Called with bytes written and bytes to write, by the commit engine; a context manager that clears itself."""
 
     def __init__(self, *, wanted: bool | None) -> None:
         """Show it if `wanted`, or, if that is None, on a terminal."""
@@ -43,8 +44,10 @@ class ProgressBar:
         )
         self._drawn = True
 
-    def clear(self) -> None:
-        """Take the bar away."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._drawn:
             self._put("")
 

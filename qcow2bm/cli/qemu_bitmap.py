@@ -156,6 +156,7 @@ def _require_ours(name: str, given_format: str | None) -> None:
 
 def _carry_out(request: Request) -> None:
     from ..errors import Qcow2bmError
+    from .committing import commit
 
     with contextlib.ExitStack() as stack:
         image = stack.enter_context(_opened(request.image, request.format, writable=True))
@@ -166,7 +167,7 @@ def _carry_out(request: Request) -> None:
         for action, argument in request.actions:
             _act(edit, action, argument, source, request)
         try:
-            image.commit(edit.plan())
+            commit(image, edit.plan())
         except Qcow2bmError as error:
             raise _RefusedError(str(error)) from None
 

@@ -37,7 +37,7 @@ class BitmapFlag(IntFlag):
     EXTRA_DATA_COMPATIBLE = 1 << 2
 
 
-_ENTRY = Struct(
+ENTRY_STRUCT = Struct(
     "bitmap_table_offset" / Int64ub,
     "bitmap_table_size" / Int32ub,
     "flags" / Int32ub,
@@ -46,7 +46,7 @@ _ENTRY = Struct(
     "name_size" / Int16ub,
     "extra_data_size" / Int32ub,
 )
-FIXED_LENGTH = _ENTRY.sizeof()
+FIXED_LENGTH = ENTRY_STRUCT.sizeof()
 
 # The variable part by itself, so that its lengths are known to fit before a byte of it is taken.
 _TAIL = Struct("extra_data" / Bytes(this._.extra), "name" / Bytes(this._.name))
@@ -80,7 +80,7 @@ class BitmapEntry:
 
     def build(self) -> bytes:
         """The entry's bytes, padded with what was there or with zeroes."""
-        head: bytes = _ENTRY.build(
+        head: bytes = ENTRY_STRUCT.build(
             {
                 "bitmap_table_offset": self.bitmap_table_offset,
                 "bitmap_table_size": self.bitmap_table_size,
@@ -132,7 +132,7 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
         CorruptImageError: the entry goes past the end of the directory.
     """
     try:
-        head = _ENTRY.parse(data[offset : offset + FIXED_LENGTH])
+        head = ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH])
     except ConstructError:
         raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}") from None
     length = FIXED_LENGTH + head.extra_data_size + head.name_size

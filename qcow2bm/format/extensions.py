@@ -120,13 +120,13 @@ class ExtensionArea:
         return None if extension is None else extension.data.decode("utf-8", "surrogateescape")
 
 
-_BITMAPS = Struct(
+BITMAPS_STRUCT = Struct(
     "nb_bitmaps" / Int32ub,
     "reserved" / Int32ub,
     "bitmap_directory_size" / Int64ub,
     "bitmap_directory_offset" / Int64ub,
 )
-BITMAPS_LENGTH = _BITMAPS.sizeof()
+BITMAPS_LENGTH = BITMAPS_STRUCT.sizeof()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +143,16 @@ class BitmapsExtension:
         """Raises CorruptImageError when the data is not 24 bytes long."""
         if len(data) != BITMAPS_LENGTH:
             raise CorruptImageError(f"the bitmaps extension is {len(data)} bytes long instead of {BITMAPS_LENGTH}")
-        fields = _BITMAPS.parse(data)
+        fields = BITMAPS_STRUCT.parse(data)
         return cls(fields.nb_bitmaps, fields.bitmap_directory_size, fields.bitmap_directory_offset, fields.reserved)
 
     def build(self) -> bytes:
         """The 24 bytes."""
-        built: bytes = _BITMAPS.build({name: getattr(self, name) for name in self.__slots__})
+        built: bytes = BITMAPS_STRUCT.build({name: getattr(self, name) for name in self.__slots__})
         return built
 
 
-_CRYPTO = Struct("offset" / Int64ub, "length" / Int64ub)
+CRYPTO_STRUCT = Struct("offset" / Int64ub, "length" / Int64ub)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +165,14 @@ class CryptoHeaderPointer:
     @classmethod
     def parse(cls, data: bytes) -> CryptoHeaderPointer:
         """Raises CorruptImageError when the data is not 16 bytes long."""
-        if len(data) != _CRYPTO.sizeof():
+        if len(data) != CRYPTO_STRUCT.sizeof():
             raise CorruptImageError(f"the encryption header pointer is {len(data)} bytes long instead of 16")
-        fields = _CRYPTO.parse(data)
+        fields = CRYPTO_STRUCT.parse(data)
         return cls(fields.offset, fields.length)
 
     def build(self) -> bytes:
         """The 16 bytes."""
-        built: bytes = _CRYPTO.build({"offset": self.offset, "length": self.length})
+        built: bytes = CRYPTO_STRUCT.build({"offset": self.offset, "length": self.length})
         return built
 
 

@@ -68,7 +68,7 @@ KNOWN_AUTOCLEAR = Autoclear(sum(Autoclear))
 ENCRYPTION = {0: "none", 1: "aes", 2: "luks"}
 COMPRESSION = {0: "zlib", 1: "zstd"}
 
-_V2 = Struct(
+V2_STRUCT = Struct(
     "magic" / Bytes(4),
     "version" / Int32ub,
     "backing_file_offset" / Int64ub,
@@ -84,7 +84,7 @@ _V2 = Struct(
     "snapshots_offset" / Int64ub,
 )
 
-_V3 = Struct(
+V3_STRUCT = Struct(
     "incompatible_features" / Int64ub,
     "compatible_features" / Int64ub,
     "autoclear_features" / Int64ub,
@@ -132,13 +132,13 @@ class Header:
         if data[:4] != MAGIC:
             raise NotQcow2Error("not a qcow2 image", hint="qcow2bm reads qcow2 and nothing else")
         try:
-            fields = dict(_V2.parse(data))
+            fields = dict(V2_STRUCT.parse(data))
             del fields["_io"], fields["magic"]
             if fields["version"] not in (2, 3):
                 raise UnsupportedImageError(f"qcow2 version {fields['version']} is not known, only 2 and 3 are")
             if fields["version"] == 2:
                 return cls(**fields)
-            fields |= _V3.parse(data[V2_LENGTH:])
+            fields |= V3_STRUCT.parse(data[V2_LENGTH:])
             del fields["_io"]
         except ConstructError:
             raise TruncatedImageError("the file ends within the qcow2 header") from None
@@ -160,10 +160,12 @@ class Header:
     def build(self) -> bytes:
         """The header's bytes: 72 for version 2, `header_length` for version 3."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        head: bytes = _V2.build(fields | {"magic": MAGIC})
+        head: bytes = V2_STRUCT.build(fields | {"magic": MAGIC})
         if self.version == 2:
             return head
-        tail: bytes = _V3.build(fields | {name: int(fields[name]) for name in fields if name.endswith("_features")})
+        tail: bytes = V3_STRUCT.build(
+            fields | {name: int(fields[name]) for name in fields if name.endswith("_features")}
+        )
         return head + tail + self.additional
 
     @property
@@ -200,9 +202,7 @@ class Header:
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
         unknown = int(self.incompatible_features) & ~int(KNOWN_INCOMPATIBLE)
         if unknown:
-            raise UnsupportedImageError(
-                f"unknown incompatible features {unknown:#x}", hint="a newer QEMU wrote it"
-            )
+            raise UnsupportedImageError(f"unknown incompatible features {unknown:#x}", hint="a newer QEMU wrote it")
         self._validate_places()
 
     def _validate_places(self) -> None:

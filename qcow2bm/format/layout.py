@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from construct import Struct
 
-from .bitmap_directory import _ENTRY as _BITMAP_ENTRY
+from .bitmap_directory import ENTRY_STRUCT as BITMAP_STRUCT
 from .bitmap_directory import BitmapEntry
-from .extensions import _BITMAPS, _CRYPTO, HEAD_LENGTH, Extension, ExtensionType
-from .header import _V2, _V3, V2_LENGTH, V3_LENGTH
-from .snapshot_table import _ENTRY as _SNAPSHOT_ENTRY
+from .extensions import BITMAPS_STRUCT, CRYPTO_STRUCT, HEAD_LENGTH, Extension, ExtensionType
+from .header import V2_LENGTH, V2_STRUCT, V3_LENGTH, V3_STRUCT
+from .snapshot_table import ENTRY_STRUCT as SNAPSHOT_STRUCT
 from .snapshot_table import SnapshotEntry
 
 
@@ -50,10 +50,10 @@ def _raw(name: str, offset: int, data: bytes) -> Iterator[Field]:
 
 def header_fields(data: bytes) -> Iterator[Field]:
     """The header's fields: those of version 2, then those of later versions up to what `header_length` says."""
-    yield from _walk(_V2, data, 0)
+    yield from _walk(V2_STRUCT, data, 0)
     if int.from_bytes(data[4:8], "big") < 3:
         return
-    yield from _walk(_V3, data[V2_LENGTH:], V2_LENGTH)
+    yield from _walk(V3_STRUCT, data[V2_LENGTH:], V2_LENGTH)
     end = int.from_bytes(data[V3_LENGTH - 4 : V3_LENGTH], "big")
     additional = data[V3_LENGTH:end] if V3_LENGTH < end <= len(data) else b""
     if additional:
@@ -65,7 +65,7 @@ def extension_fields(extension: Extension) -> Iterator[Field]:
     """An extension's head and its data, field by field where the specification gives it fields."""
     yield Field("type", extension.offset, 4, extension.type)
     yield Field("length", extension.offset + 4, 4, len(extension.data))
-    known = {ExtensionType.BITMAPS: _BITMAPS, ExtensionType.CRYPTO_HEADER: _CRYPTO}
+    known = {ExtensionType.BITMAPS: BITMAPS_STRUCT, ExtensionType.CRYPTO_HEADER: CRYPTO_STRUCT}
     struct = next((found for kind, found in known.items() if kind == extension.type), None)
     if struct is None:
         yield from _raw("data", extension.data_offset, extension.data)
@@ -79,8 +79,8 @@ def extension_fields(extension: Extension) -> Iterator[Field]:
 def bitmap_entry_fields(entry: BitmapEntry, offset: int) -> Iterator[Field]:
     """The fields of a bitmap directory entry that lies at `offset`."""
     data = entry.build()
-    yield from _walk(_BITMAP_ENTRY, data, offset)
-    at = offset + _BITMAP_ENTRY.sizeof()
+    yield from _walk(BITMAP_STRUCT, data, offset)
+    at = offset + BITMAP_STRUCT.sizeof()
     for name, raw in (("extra_data", entry.extra_data), ("name", entry.name), ("padding", entry.padding)):
         yield from _raw(name, at, raw)
         at += len(raw)
@@ -89,8 +89,8 @@ def bitmap_entry_fields(entry: BitmapEntry, offset: int) -> Iterator[Field]:
 def snapshot_fields(entry: SnapshotEntry, offset: int) -> Iterator[Field]:
     """The fields of a snapshot table entry that lies at `offset`."""
     data = entry.build()
-    yield from _walk(_SNAPSHOT_ENTRY, data, offset)
-    at = offset + _SNAPSHOT_ENTRY.sizeof()
+    yield from _walk(SNAPSHOT_STRUCT, data, offset)
+    at = offset + SNAPSHOT_STRUCT.sizeof()
     parts = (("extra_data", entry.extra_data), ("id", entry.id), ("name", entry.name), ("padding", entry.padding))
     for name, raw in parts:
         yield from _raw(name, at, raw)

@@ -15,7 +15,7 @@ from ..errors import CorruptImageError
 from .geometry import round_up
 from .limits import MAX_SNAPSHOT_EXTRA_DATA
 
-_ENTRY = Struct(
+ENTRY_STRUCT = Struct(
     "l1_table_offset" / Int64ub,
     "l1_size" / Int32ub,
     "id_size" / Int16ub,
@@ -26,7 +26,7 @@ _ENTRY = Struct(
     "vm_state_size" / Int32ub,
     "extra_data_size" / Int32ub,
 )
-FIXED_LENGTH = _ENTRY.sizeof()
+FIXED_LENGTH = ENTRY_STRUCT.sizeof()
 MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_SNAPSHOT_EXTRA_DATA + 2 * 0xFFFF, 8)
 
 _TAIL = Struct("extra_data" / Bytes(this._.extra), "id" / Bytes(this._.id), "name" / Bytes(this._.name))
@@ -65,7 +65,7 @@ class SnapshotEntry:
     def build(self) -> bytes:
         """The entry's bytes, padded with what was there or with zeroes."""
         fields = {name: getattr(self, name) for name in self.__slots__}
-        head: bytes = _ENTRY.build(
+        head: bytes = ENTRY_STRUCT.build(
             fields | {"id_size": len(self.id), "name_size": len(self.name), "extra_data_size": len(self.extra_data)}
         )
         body = head + self.extra_data + self.id + self.name
@@ -79,7 +79,7 @@ def parse_snapshot(data: bytes, offset: int = 0) -> SnapshotEntry:
         CorruptImageError: the entry goes past the end of `data` or has more than 1024 bytes of extra data.
     """
     try:
-        head = dict(_ENTRY.parse(data[offset : offset + FIXED_LENGTH]))
+        head = dict(ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH]))
         extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
         del head["_io"]
         if extra > MAX_SNAPSHOT_EXTRA_DATA:

@@ -19,6 +19,8 @@ from ..format.limits import MAX_CLUSTER_BITS
 
 _JOURNAL_SUFFIX = ".qcow2bm-journal"
 
+_A_DIRECTORY = "is a directory, not a qcow2 image"
+
 _BLKROGET = 0x125E
 
 _SLACK = 1 << MAX_CLUSTER_BITS
@@ -59,9 +61,11 @@ class ImageFile:
             try:
                 fd = os.open(name, flags)
             except IsADirectoryError:
-                raise NotQcow2Error("is a directory, not a qcow2 image") from None
+                raise NotQcow2Error(_A_DIRECTORY) from None
             try:
                 mode = os.fstat(fd).st_mode
+                if stat.S_ISDIR(mode):
+                    raise NotQcow2Error(_A_DIRECTORY)
                 if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                     raise NotQcow2Error("is neither a regular file nor a block device")
                 if writable and stat.S_ISBLK(mode) and _is_read_only(fd):

@@ -7,7 +7,8 @@ nobody has touched the image since.
 Layout (little-endian, each part with its own CRC-32C): one 512-byte header, which a disk writes whole, so that the
 state changes at one moment; then the records, each a fixed head, the old bytes (none if they were all zero) and,
 where a structure in use is rewritten, the new ones: by them the file recognises its image, also one that a crash
-left half-way.
+left half-way. Of a free cluster that is filled it keeps a checksum of the new content, to see whether it has changed
+since.
 """
 
 from __future__ import annotations
@@ -46,7 +47,13 @@ _FIELDS = Struct(
 )
 _HEADER = Padded(SECTOR, Struct("magic" / Const(_MAGIC), "fields" / Bytes(_FIELDS.sizeof()), "crc" / Int32ul))
 _RECORD = Struct(
-    "offset" / Int64ul, "length" / Int64ul, "old_stored" / Int64ul, "new_stored" / Int64ul, "crc" / Int32ul
+    "offset" / Int64ul,
+    "length" / Int64ul,
+    "old_stored" / Int64ul,
+    "new_stored" / Int64ul,
+    "filled" / Int64ul,
+    "filled_crc" / Int32ul,
+    "crc" / Int32ul,
 )
 _CRC = Int32ul
 
@@ -70,14 +77,19 @@ class _Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What one write replaces. `new` is empty where free clusters were filled."""
+    """What one write replaces: `old` as far as the file reached.
+
+    `new` is empty where free clusters were filled; `filled` is then their length, `filled_crc` is over their content.
+    """
 
     offset: int
     old: bytes
     new: bytes
+    filled: int
+    filled_crc: int
 
 
-def _crc(data: bytes, value: int = 0) -> int:
+def _crc(data: bytes | memoryview, value: int = 0) -> int:
     from crc32c import crc32c
 
     return crc32c(data, value)
@@ -120,12 +132,10 @@ class UndoWriter:
         at = SECTOR
         count = 0
         for write in plan.writes():
-            old_length = min(write.end, image.size) - write.offset
-            if old_length > 0:
-                record = _encode(image, write, old_length)
-                _write_all(self._fd, record, at)
-                at += len(record)
-                count += 1
+            record = _encode(image, write, max(0, min(write.end, image.size) - write.offset))
+            _write_all(self._fd, record, at)
+            at += len(record)
+            count += 1
         self._summary = replace(self._summary, records=count)
         _write_all(self._fd, self._summary.build(), 0)
         os.fsync(self._fd)
@@ -151,13 +161,16 @@ def _now(image: ImageFile) -> dict[str, int]:
 def _encode(image: ImageFile, write: Write, old_length: int) -> bytes:
     old = image.read_at(write.offset, old_length)
     stored = old if any(old) else b""
-    new = bytes(write.read()[:old_length]) if write.old is not None else b""
+    fresh = write.old is None
+    new = b"" if fresh else bytes(write.read()[:old_length])
     head: bytes = _RECORD.build(
         {
             "offset": write.offset,
             "length": old_length,
             "old_stored": len(stored),
             "new_stored": len(new),
+            "filled": write.length if fresh else 0,
+            "filled_crc": _crc(write.read()) if fresh else 0,
             "crc": _crc(new, _crc(stored)),
         }
     )
@@ -237,11 +250,15 @@ class UndoFile:
             head = _RECORD.parse(raw)
             at += head_length + 4
             length = head.old_stored + head.new_stored
-            stored = os.pread(self._fd, length, at) if length <= end - at else b""
-            if len(stored) != length or _crc(stored) != head.crc:
+            fits = not head.length or head.offset + head.length <= self._summary.size_before
+            fits = fits and head.offset + head.filled <= self._summary.size_after and length <= end - at
+            stored = os.pread(self._fd, length, at) if fits else b""
+            whole = {head.old_stored, head.new_stored} <= {0, head.length}
+            if len(stored) != length or _crc(stored) != head.crc or not fits or not whole:
                 raise UndoError(f"{self.path} is damaged in record {number}")
             at += length
-            yield _Record(head.offset, stored[: head.old_stored] or bytes(head.length), stored[head.old_stored :])
+            old, new = stored[: head.old_stored] or bytes(head.length), stored[head.old_stored :]
+            yield _Record(head.offset, old, new, head.filled, head.filled_crc)
 
     def restore(self, image: ImageFile, *, force: bool = False) -> None:
         """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
@@ -291,13 +308,29 @@ class UndoFile:
 
     def _require_unchanged(self, image: ImageFile, *, force: bool) -> None:
         summary = self._summary
-        if _now(image) != {"head_crc": summary.head_crc, "size_after": summary.size_after}:
+        now = _now(image)
+        if now != {"head_crc": summary.head_crc, "size_after": summary.size_after} or not self._is_final(image):
             raise UndoError("the image has changed since the undo file was written", hint="nothing was put back")
         if not image.is_device and os.fstat(image.fd).st_mtime_ns != summary.mtime_ns and not force:
             raise UndoError(
                 "the image was written to since the undo file was made, though the places it knows are unchanged",
                 hint="guest data may be newer; use --force if you know that only the time stamp changed",
             )
+
+    def _is_final(self, image: ImageFile) -> bool:
+        """True if everything the change wrote is as it left it."""
+        final: dict[int, int] = {}
+        places: list[tuple[int, int]] = []
+        for record in self._records():
+            final.update(enumerate(record.new, record.offset))
+            places.append((record.offset, len(record.new)))
+            if record.filled and _crc(image.read_at(record.offset, record.filled)) != record.filled_crc:
+                return False
+        return all(
+            image.read_at(offset, length) == bytes(final[place] for place in range(offset, offset + length))
+            for offset, length in places
+            if length
+        )
 
 
 def roll_back_interrupted(image: ImageFile) -> None:

@@ -158,7 +158,9 @@ class Maker:
         if self.combination.kind is Kind.COMPRESSED:
             # NBD knows no compressed writes, so these never come from the daemon.
             starts = [self.random.randrange(size // cluster_size - 2) * cluster_size for _ in range(3)]
-            qemu_io(self.image, *(f"write -c -P {number} {start} {cluster_size}" for number, start in enumerate(starts, 1)))
+            qemu_io(
+                self.image, *(f"write -c -P {number} {start} {cluster_size}" for number, start in enumerate(starts, 1))
+            )
 
     def _bitmap(self, *options: str, name: str) -> None:
         bitmap(self.image, *options, name=name, secret=self.combination.secret)

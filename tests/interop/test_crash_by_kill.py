@@ -30,7 +30,8 @@ import qcow2bm
 
 image, number = sys.argv[1], int(sys.argv[2])
 while True:
-    with qcow2bm.open(image, writable=True) as ours, ours.edit() as edit:
+    with qcow2bm.open(image, writable=True) as ours:
+        edit = ours.draft()
         edit.rename(f"n{number}", f"n{number + 1}")
         edit.set_range(f"n{number + 1}", (number + 1) % 20 * 1048576, 524288)
         if number % 3 == 2:
@@ -39,6 +40,9 @@ while True:
             edit.remove("twin")
         else:
             edit.copy(f"n{number + 1}", "twin", granularity=65536)
+        plan = edit.plan()
+        print("begin", flush=True)
+        ours.commit(plan)
     number += 1
     print(number, flush=True)
 """
@@ -65,24 +69,29 @@ def create(image: Path, cluster_size: int) -> None:
 
 
 def kill_one(image: Path, number: int, chance: random.Random) -> int:
-    """Let a child edit for a moment and kill it; returns the last commit that it reported."""
+    """Let a child edit and kill it a moment after it began a commit; returns the last commit that it reported."""
     argv = [sys.executable, "-c", CHILD, str(image), str(number)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as child:
         assert child.stdout is not None
-        first = child.stdout.readline()
-        assert first == f"{number + 1}\n"
-        time.sleep(chance.random() * 0.04)
+        said: list[str] = []
+        while said.count("begin") < chance.randrange(1, 4):
+            said.append(child.stdout.readline().strip())
+            assert said[-1], "the child has died of something else"
+        time.sleep(chance.random() * 0.003)
         child.kill()
-        reported = [int(line) for line in child.stdout.read().splitlines()]
-    return max(reported, default=number + 1)
+        said += child.stdout.read().split()
+    return max((int(word) for word in said if word != "begin"), default=number)
 
 
 @pytest.mark.parametrize("cluster_size", [512, 64 * KIB])
 def test_killed_at_any_moment(cluster_size: int, tmp_path: Path) -> None:
-    image, chance, number, moments = tmp_path / "image.qcow2", random.Random(cluster_size), 0, 0
+    image, chance = tmp_path / "image.qcow2", random.Random(cluster_size)
+    number = leaks = moments = rounds = 0
     create(image, cluster_size)
     disk = guest_digest(image)
-    for _ in range(ROUNDS // 2):
+    while rounds < ROUNDS // 2 or not moments:
+        rounds += 1
+        assert rounds < 5 * ROUNDS, "no child was killed in the middle of anything"
         reported = kill_one(image, number, chance)
         said = check(image)
         assert said["returncode"] in (0, 3), said  # 3: leaked clusters, no harm
@@ -94,10 +103,8 @@ def test_killed_at_any_moment(cluster_size: int, tmp_path: Path) -> None:
         with qcow2bm.open(image, writable=True) as ours:
             assert set(ours.bitmaps.names) == set(dirty)
         assert guest_digest(image) == disk
-        moments += said["returncode"] == 3 or found > reported
-        number = found
-    print(moments)
-    assert moments, "no child was killed in the middle of anything"
+        moments += said.get("leaks", 0) > leaks or found > reported
+        number, leaks = found, said.get("leaks", 0)
     qemu_img("check", "-r", "leaks", image)
     with StorageDaemon(image) as vm:
         vm.write(2 * MIB, 512)

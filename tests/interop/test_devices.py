@@ -162,7 +162,10 @@ def test_what_needs_no_room_is_done_on_a_full_device(tmp_path: Path) -> None:
         with qcow2bm.open(device, writable=True) as ours, ours.edit() as edit:
             edit.disable("fine")
             edit.enable("off")
-        assert [entry["flags"] for entry in sorted(bitmap_info(device), key=lambda one: str(one["name"]))] == [[], ["auto"]]
+        assert [entry["flags"] for entry in sorted(bitmap_info(device), key=lambda one: str(one["name"]))] == [
+            [],
+            ["auto"],
+        ]
         assert check(device)["returncode"] == 0
 
 
@@ -171,9 +174,10 @@ def test_a_change_that_needs_a_journal(disk: Path, tmp_path: Path) -> None:
 
     The backing file's name leaves no room for the bitmaps extension but in its own place.
     """
-    folder = tmp_path / ("b" * 200)
-    folder.mkdir()
-    name = folder / ("b" * (520 - len(str(folder)) - 1))
+    folder = tmp_path / "/".join(["long-" * 20] * 4)
+    folder.mkdir(parents=True)
+    name = folder / "backing.qcow2"
+    assert 450 < len(str(name)) < 850, "long enough not to fit twice into 1 KiB, short enough to fit once"
     qemu_img("create", "-q", "-f", "qcow2", name, str(SIZE))
     with loop_device(disk) as device:
         options = f"cluster_size=1024,backing_file={name},backing_fmt=qcow2"

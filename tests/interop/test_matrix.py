@@ -33,9 +33,7 @@ def listing(image: Path) -> list[dict[str, Any]]:
 def read_by_us(image: Path) -> dict[str, Ranges]:
     """The dirty ranges as qcow2bm reads them."""
     with qcow2bm.open(image) as ours:
-        return {
-            bitmap.name: [(extent.offset, extent.length) for extent in bitmap.extents()] for bitmap in ours.bitmaps
-        }
+        return {bitmap.name: [(extent.offset, extent.length) for extent in bitmap.extents()] for bitmap in ours.bitmaps}
 
 
 def require_clean(image: Path, secret: str | None) -> None:
@@ -88,5 +86,3 @@ def test_every_edit_is_there() -> None:
     used = {name for step in STEPS for name in step.ours.__code__.co_names}
     assert public <= used
     assert {step.name for step in STEPS} == {step.name for group in TOGETHER for step in group}
-
-

@@ -131,7 +131,9 @@ def use(vm: StorageDaemon, model: Model, chance: random.Random) -> None:
     for verb in ("write -P 1", "write -P 2", "write -z", "discard", "write -P 3"):
         offset = chance.randrange(0, model.size - 128 * KIB, 512)
         # A whole 64 KiB: QEMU may leave the unaligned rest of a discard alone, and marks what it did discard.
-        start, length = (offset & -64 * KIB, 64 * KIB) if verb == "discard" else (offset, chance.randrange(512, 96 * KIB, 512))
+        start, length = (
+            (offset & -64 * KIB, 64 * KIB) if verb == "discard" else (offset, chance.randrange(512, 96 * KIB, 512))
+        )
         requests.append(f"{verb} {start} {length}")
         model.guest_wrote(start, length)
     requests.append(f"write -P 4 {model.size - 512} 512")

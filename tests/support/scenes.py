@@ -1,4 +1,4 @@
-"""Small images that bring each kind of edit to each kind of header: for the tests that watch a commit write by write."""
+"""Small images that bring each kind of edit to each kind of header: to watch a commit write by write."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SECRET = "fixture"
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, an edit of it, and what is special: the stage that needs a journal, a new refcount block or table."""
+    """An image, an edit of it, and what is special: a stage that needs a journal, a new refcount block or table."""
 
     name: str
     make: Callable[[Path], Path]
@@ -172,6 +172,11 @@ def several(edit: Edit) -> None:
     edit.unset_range("d", MIB, 4096)
 
 
+def swap_recording(edit: Edit) -> None:
+    edit.enable("c")
+    edit.disable("a")
+
+
 def remove_all(edit: Edit) -> None:
     edit.remove(*edit.names("*"))
 
@@ -213,7 +218,7 @@ SCENES = (
     Scene("rename", three, lambda edit: edit.rename("a", "another name")),
     Scene("rename in place", three, lambda edit: edit.rename("a", "x")),
     Scene("disable", three, lambda edit: edit.disable("a")),
-    Scene("enable and disable", three, lambda edit: (edit.enable("c"), edit.disable("a"))),
+    Scene("enable and disable", three, swap_recording),
     Scene("set", three, lambda edit: edit.set_range("b", 0, MIB)),
     Scene("unset", three, lambda edit: edit.unset_range("b", 0, 4 * MIB)),
     Scene("several edits", three, several),

@@ -313,3 +313,12 @@ def test_a_progress_bar_goes_to_stderr_and_only_when_asked_for(image: Path, run)
 def test_names_of_switches_after_a_double_dash(image: Path, run) -> None:
     assert run("add", image, "--", "--all-dirty")[0] == 0
     assert names(image)[-1] == "--all-dirty"
+
+
+@pytest.mark.parametrize("bit", [2, 17, 63])
+def test_whoever_writes_clears_the_autoclear_bits_he_does_not_know(bit: int, image: Path, run) -> None:
+    with image.open("r+b") as file:
+        file.seek(88)
+        file.write((1 << bit | 1).to_bytes(8, "big"))
+    assert run("add", image, "new")[0] == 0
+    assert image.read_bytes()[88:96] == (1).to_bytes(8, "big")

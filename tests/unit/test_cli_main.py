@@ -199,7 +199,7 @@ def test_closed_streams_do_not_end_up_in_the_image(image: Path) -> None:
 
 
 def signal_at_write(number: int, at: int) -> Callable[[ImageFile, int, bytes], None]:
-    """A `write_at` that sends this process a signal, twice as an impatient user does, when it writes for the n-th time."""
+    """A `write_at` that sends this process a signal at its n-th call, twice, as an impatient user does."""
     original, calls = ImageFile.write_at, count(1)
 
     def write_at(file: ImageFile, offset: int, data: bytes) -> None:

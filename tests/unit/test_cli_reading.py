@@ -304,3 +304,11 @@ def test_dump_of_the_beginning_of_an_image(length: int, image: Path, run) -> Non
     assert status == 2
     assert "magic" in out
     assert "internal error" not in err
+
+
+@pytest.mark.parametrize("bit", [3, 17, 31])
+def test_an_unknown_flag_breaks_a_bitmap(bit: int, image: Path, run) -> None:
+    patch(image, directory_offset(image) + 12, struct.pack(">I", 1 << bit))
+    status, _, err = run("list", image)
+    assert status == 4
+    assert f"bitmap 'mon' is broken: it has unknown flags {1 << bit:#x}" in err

@@ -33,9 +33,9 @@ def path_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def refused(image: Path, edit: Callable[[Edit], object], kind: type[Qcow2bmError] = ProofError) -> str:
     """Edit an image, which must refuse, untouched; what it says."""
     before, tape = image.read_bytes(), Tape()
-    with pytest.raises(kind) as caught, qcow2bm.open(image, writable=True, open_file=tape.open) as opened:
-        with opened.edit() as draft:
-            edit(draft)
+    opening = qcow2bm.open(image, writable=True, open_file=tape.open)
+    with opening as opened, pytest.raises(kind) as caught, opened.edit() as draft:
+        edit(draft)
     assert not tape.events
     assert image.read_bytes() == before
     assert str(image) in str(caught.value)
@@ -219,7 +219,7 @@ LIES = (
     Lie("L1 table", three, lambda raw: raw.number(40), "the active L1 table"),
     Lie("refcount table", three, lambda raw: raw.number(48), "the refcount table"),
     Lie("refcount block", three, lambda raw: raw.blocks[0], "refcount block 0"),
-    Lie("header", three, lambda raw: 0, "the header"),
+    Lie("header", three, lambda _raw: 0, "the header"),
     Lie("bitmap table", three, lambda raw: raw.tables()["a"][0], "the table of bitmap 'a'"),
     Lie("bitmap data", three, lambda raw: raw.number(raw.bitmap_data("a")[0]), "the data of bitmap 'a'"),
     Lie("snapshot table", snapshot_image, lambda raw: raw.number(64), "the snapshot table"),

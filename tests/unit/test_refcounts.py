@@ -18,7 +18,19 @@ from qcow2bm.image.refcounts import Allocator, Refcounts
 from tests.support.qemu import check, qemu_img
 from tests.support.raw import Raw
 from tests.support.recording import Tape
-from tests.support.scenes import Scene, behind_another, create, fill, huge, long_names, one, remove_all, small, three, tiny
+from tests.support.scenes import (
+    Scene,
+    behind_another,
+    create,
+    fill,
+    huge,
+    long_names,
+    one,
+    remove_all,
+    small,
+    three,
+    tiny,
+)
 from tests.support.states import bitmaps
 
 CLUSTER = 512
@@ -298,9 +310,8 @@ def test_a_write_that_the_kernel_cuts_short_leaves_no_longer_file(tmp_path: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, hard))
     try:
-        with qcow2bm.open(image, writable=True) as opened, pytest.raises(NoSpaceError), opened.edit() as edit:
-            for number in range(20):
-                edit.add(f"new {number}")
+        with pytest.raises(NoSpaceError):
+            commit(image, lambda edit: [edit.add(f"new {number}") for number in range(20)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert in_use(image.read_bytes()) == in_use(before)

@@ -13,7 +13,7 @@ from qcow2bm import Edit
 from qcow2bm.errors import UndoError, UnsupportedImageError
 from qcow2bm.image.undo import State, UndoFile
 from tests.support.qemu import check, qemu_img, qemu_io
-from tests.support.raw import Raw
+from tests.support.raw import OFFSET, Raw
 from tests.support.recording import PowerCutError, Tape
 from tests.support.scenes import (
     SCENES,
@@ -31,7 +31,7 @@ from tests.support.scenes import (
 from tests.support.states import bitmaps
 
 JOURNAL = "image.qcow2.qcow2bm-journal"
-USED_HEADER = 68  # magic, fields and checksum; the rest of the first sector is padding
+USED_HEADER = 60  # magic, fields and checksum; the rest of the first sector is padding
 
 
 def change(image: Path, edit: Callable[[Edit], object], undo: Path | None = None, tape: Tape | None = None) -> None:
@@ -97,24 +97,26 @@ def test_an_undo_file_is_used_once(undone: tuple[Path, Path, bytes]) -> None:
     assert image.read_bytes() == before
 
 
-def test_edits_are_undone_one_after_the_other(tmp_path: Path) -> None:
+def test_edits_are_undone_one_after_the_other_though_older_files_find_a_newer_time_stamp(tmp_path: Path) -> None:
     image = three(tmp_path)
     states = []
     for number, edit in enumerate((add_data, lambda edit: edit.clear("a"), remove_all)):
         states.append(image.read_bytes())
         change(image, edit, tmp_path / str(number))
     for number in (2, 1, 0):
-        qcow2bm.undo(image, tmp_path / str(number))
+        qcow2bm.undo(image, tmp_path / str(number), force=number < 2)
         assert image.read_bytes() == states[number]
 
 
-def test_edits_are_not_undone_out_of_order(tmp_path: Path) -> None:
+def test_edits_are_not_undone_out_of_order_not_even_by_force(tmp_path: Path) -> None:
     image = three(tmp_path)
     change(image, add_data, tmp_path / "first")
     change(image, lambda edit: edit.clear("a"), tmp_path / "second")
     after = image.read_bytes()
-    with pytest.raises(UndoError, match="has changed"):
+    with pytest.raises(UndoError):
         qcow2bm.undo(image, tmp_path / "first")
+    with pytest.raises(UndoError):
+        qcow2bm.undo(image, tmp_path / "first", force=True)
     assert image.read_bytes() == after
 
 
@@ -171,6 +173,22 @@ def test_after_a_change_of_a_refcount_undo_is_refused(undone: tuple[Path, Path, 
     place = next(at for at in range(512, len(before)) if image.read_bytes()[at] != before[at])
     with_stamp_kept(image, poke(image, place, 77))
     refused(image, undo)
+
+
+def test_after_a_change_of_what_the_edit_wrote_undo_is_refused(tmp_path: Path) -> None:
+    """The new directory, table and data: QEMU marks bitmaps in use right there, in place."""
+    image, undo = three(tmp_path), tmp_path / "undo"
+    change(image, add_data, undo)
+    raw = Raw.load(image)
+    table, data = raw.tables()["new"][0], raw.number(raw.bitmap_data("new")[0]) & OFFSET
+    for place in (raw.directory[0] + 15, table + 7, data + 5000):
+        old = raw.number(place, 1)
+        with_stamp_kept(image, poke(image, place, old ^ 1))
+        refused(image, undo)
+        with pytest.raises(UndoError):
+            qcow2bm.undo(image, undo, force=True)
+        with_stamp_kept(image, poke(image, place, old))
+    qcow2bm.undo(image, undo)
 
 
 def test_after_a_change_of_length_undo_is_refused(undone: tuple[Path, Path, bytes]) -> None:
@@ -240,9 +258,12 @@ def test_every_flipped_byte_of_an_undo_file_is_found_before_anything_is_written(
             undo.write_bytes(bad)
             if USED_HEADER <= place < 512:
                 continue
-            with pytest.raises(UndoError):
+            try:
                 qcow2bm.undo(image, undo)
-            assert image.read_bytes() == after, place
+            except UndoError:
+                assert image.read_bytes() == after, place
+            else:
+                raise AssertionError(f"byte {place} flipped by {mask:#x}, and nobody noticed")
     padded = good[:USED_HEADER] + bytes(byte ^ 0xFF for byte in good[USED_HEADER:512]) + good[512:]
     undo.write_bytes(padded)
     assert image.stat().st_mtime_ns == stamp.st_mtime_ns
@@ -261,20 +282,18 @@ def test_an_undo_file_cut_short_anywhere_is_found(undone: tuple[Path, Path, byte
 
 
 @pytest.mark.parametrize("claim", [1, 1 << 40, (1 << 64) - 1])
-def test_a_record_that_claims_more_than_there_is_costs_no_memory(
-    undone: tuple[Path, Path, bytes], claim: int
-) -> None:
+def test_a_record_that_claims_more_than_there_is_costs_no_memory(undone: tuple[Path, Path, bytes], claim: int) -> None:
     """With checksums that are right: a made-up file, not a damaged one."""
     from crc32c import crc32c
 
     image, undo, _ = undone
     data = bytearray(undo.read_bytes())
-    data[512 + 8 : 512 + 16] = claim.to_bytes(8, "little")
-    data[512 + 16 : 512 + 24] = bytes(8)  # all zero before, nothing stored
-    data[512 + 32 : 512 + 36] = crc32c(bytes(data[512 + 36 + 4 :])[: int.from_bytes(data[536:544], "little")]).to_bytes(
-        4, "little"
-    )
-    data[548:552] = crc32c(bytes(data[512:548])).to_bytes(4, "little")
+    head = 512 + 48  # of the first record, without its checksum
+    data[520:528] = claim.to_bytes(8, "little")
+    data[528:536] = bytes(8)  # the old bytes were zeroes, so none are stored
+    new = int.from_bytes(data[536:544], "little")
+    data[head - 4 : head] = crc32c(bytes(data[head + 4 : head + 4 + new])).to_bytes(4, "little")
+    data[head : head + 4] = crc32c(bytes(data[512:head])).to_bytes(4, "little")
     undo.write_bytes(data)
     refused(image, undo, None)
 
@@ -393,9 +412,7 @@ def test_a_rollback_cut_short_at_any_write_is_finished_by_the_next_one(tmp_path:
     assert number >= 3
 
 
-def test_an_undo_cut_short_at_any_write_is_finished_by_doing_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_undo_cut_short_at_any_write_is_finished_by_doing_it_again(tmp_path: Path) -> None:
     image, undo = small(tmp_path), tmp_path / "undo"
     before = image.read_bytes()
     change(image, lambda edit: edit.merge("daily", ["full", "sectors"]), undo)

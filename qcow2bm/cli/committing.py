@@ -1,0 +1,32 @@
+"""Carrying out a plan from the command line: a signal ends it between two writes, and what was written is put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .failures import Postponed
+
+if TYPE_CHECKING:
+    from ..api import Image
+    from ..image.commit import Progress
+    from ..image.plan import Plan
+
+
+def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
+    """Commit a plan; an ending signal counts as long as the old state can still be put back, and is ignored after that.
+
+    Raises:
+        Qcow2bmError: see `qcow2bm.image.commit.commit`.
+        KeyboardInterrupt, Terminated: a signal came, and everything was put back.
+    """
+    reversible = sum(write.length for stage in plan.stages[: plan.commit_stage + 1] for write in stage.writes)
+
+    def written(done: int, total: int) -> None:
+        if done < reversible:
+            signals.end_if_asked()
+        if progress is not None:
+            progress(done, total)
+
+    with Postponed() as signals:
+        image.commit(plan, undo=undo, progress=written)
