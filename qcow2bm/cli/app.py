@@ -168,5 +168,5 @@ def _program(
 
 
 def _qemu_img() -> None:
-    """qemu-img's own `check` and `bitmap`, as a drop-in: same switches, output and exit status."""
+    """The drop-in: `bitmap` with qemu-img's own switches, output and exit status; the rest is the real qemu-img."""
     raise AssertionError("dispatched in __main__, before Typer is loaded")
