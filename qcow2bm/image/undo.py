@@ -136,9 +136,10 @@ class UndoWriter:
             _write_all(self._fd, record, at)
             at += len(record)
             count += 1
-        self._summary = replace(self._summary, records=count)
-        _write_all(self._fd, self._summary.build(), 0)
+        # A file whose header is there is whole: a crash before that leaves a sector of zeroes, and an untouched image.
         os.fsync(self._fd)
+        self._summary = replace(self._summary, records=count)
+        _write_state(self._fd, self._summary)
         _sync_directory(self.path)
 
     def complete(self, image: ImageFile) -> None:
@@ -223,6 +224,12 @@ class UndoFile:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    @staticmethod
+    def was_begun(path: Path) -> bool:
+        """False if a crash came while the file was being written, so that nothing it belongs to was changed yet."""
+        with path.open("rb") as file:
+            return any(file.read(SECTOR))
+
     @property
     def state(self) -> State:
         """How far the change has come."""
@@ -263,8 +270,9 @@ class UndoFile:
     def restore(self, image: ImageFile, *, force: bool = False) -> None:
         """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
 
-        Args: force: do it although the image's time stamp says that it was touched. Changed content is refused all
-            the same.
+        Args:
+            force: do it although the image's time stamp says that it was touched. Changed content is refused all the
+                same.
 
         Raises:
             UndoError: the file is damaged, has been used already, or the image has changed since.
@@ -343,9 +351,10 @@ def roll_back_interrupted(image: ImageFile) -> None:
     """
     path = image.journal
     try:
-        with UndoFile(path) as journal:
-            if journal.state is State.IN_PROGRESS:
-                journal.restore(image)
+        if UndoFile.was_begun(path):
+            with UndoFile(path) as journal:
+                if journal.state is State.IN_PROGRESS:
+                    journal.restore(image)
         path.unlink()
         _sync_directory(path)
     except OSError as error:

@@ -70,7 +70,11 @@ STEPS = (
     Step("remove", lambda e, _: e.remove("old"), (("--remove", "old"),)),
     Step("merge-finer-to-coarser", lambda e, _: e.merge("coarse", ["fine"]), (("--merge", "fine", "coarse"),)),
     Step("add-fine", lambda e, _: e.add("added-fine", granularity=512), (("--add", "-g", "512", "added-fine"),)),
-    Step("merge-coarser-to-finer", lambda e, _: e.merge("added-fine", ["coarse"]), (("--merge", "coarse", "added-fine"),)),
+    Step(
+        "merge-coarser-to-finer",
+        lambda e, _: e.merge("added-fine", ["coarse"]),
+        (("--merge", "coarse", "added-fine"),),
+    ),
     Step("add-coarse", lambda e, _: e.add("added-2g", granularity=2 << 30), (("--add", "-g", "2G", "added-2g"),)),
     Step("merge-into-coarsest", lambda e, _: e.merge("added-2g", ["daily"]), (("--merge", "daily", "added-2g"),)),
     Step("add-disabled", lambda e, _: e.add("off", recording=False), (("--add", "--disable", "off"),)),
@@ -123,14 +127,12 @@ STEPS = (
     Step("set", lambda e, _: e.set_range("copied", 5 * MIB + 1, 2 * MIB), (), ("copied", _set(5 * MIB + 1, 2 * MIB))),
     Step("set-tail", lambda e, _: e.set_range("copied-4k", _size(e) - 1, 1), (), ("copied-4k", _set_tail)),
     Step(
-        "unset", lambda e, _: e.unset_range("all", 3 * MIB + 7, 4 * MIB), (), ("all", _unset(3 * MIB + 7, 4 * MIB))
-    ),
-    Step(
-        "unset-tail",
-        lambda e, _: e.unset_range("all-fine", _size(e) - 3 * MIB, 3 * MIB),
+        "unset",
+        lambda e, _: e.unset_range("all-fine", 3 * MIB + 7, 4 * MIB),
         (),
-        ("all-fine", _unset_tail),
+        ("all-fine", _unset(3 * MIB + 7, 4 * MIB)),
     ),
+    Step("unset-tail", lambda e, _: e.unset_range("all", _size(e) - 3 * MIB, 3 * MIB), (), ("all", _unset_tail)),
 )  # fmt: skip
 
 

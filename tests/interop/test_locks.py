@@ -84,6 +84,15 @@ def start_nbd_reader(image: Path) -> None:
         pass
 
 
+def merge_from(image: Path) -> None:
+    """Read a bitmap of the image for a merge into another image."""
+    target = image.with_name("target.qcow2")
+    if not target.exists():
+        qemu_img("create", "-q", "-f", "qcow2", target, "64M")
+        qemu_img("bitmap", "--add", target, "all")
+    qemu_img("bitmap", "--merge", "daily", "-b", image, "-F", "qcow2", "-f", "qcow2", target, "all")
+
+
 READERS: dict[str, Tool] = {
     "info": lambda image: qemu_img("info", "-f", "qcow2", image),
     "check": lambda image: qemu_img("check", "-f", "qcow2", image),
@@ -93,7 +102,7 @@ READERS: dict[str, Tool] = {
     "io -r": lambda image: qemu_io(image, "read 0 512", options=("-r",)),
     "daemon ro": lambda image: daemon(image, writable=False),
     "nbd -r": start_nbd_reader,
-    "bitmap -b": lambda image: merge_from(image),
+    "bitmap -b": merge_from,
 }
 
 WRITERS: dict[str, Tool] = {
@@ -107,15 +116,6 @@ WRITERS: dict[str, Tool] = {
 }
 
 UNLOCKED: dict[str, Tool] = {"info -U": lambda image: qemu_img("info", "-U", "-f", "qcow2", image)}
-
-
-def merge_from(image: Path) -> None:
-    """Read a bitmap of the image for a merge into another image."""
-    target = image.with_name("target.qcow2")
-    if not target.exists():
-        qemu_img("create", "-q", "-f", "qcow2", target, "64M")
-        qemu_img("bitmap", "--add", target, "all")
-    qemu_img("bitmap", "--merge", "daily", "-b", image, "-F", "qcow2", "-f", "qcow2", target, "all")
 
 
 def require_refused(tool: Tool, image: Path) -> None:

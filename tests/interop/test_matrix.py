@@ -1,8 +1,9 @@
 """Every edit on every kind of image, by us and by `qemu-img bitmap`: QEMU must see no difference afterwards.
 
-QEMU makes the image; copies of it are edited: one by qemu-img, one by us in a few commits, and for three refcount widths one
-by us with a commit for each edit. The two ways we do it leave different traces: a commit of its own switches a directory entry in place and
-reuses clusters that the one before gave back. QEMU then lists and reads all three, checks ours, and compares the disks.
+QEMU makes the image; copies of it are edited: one by qemu-img, one by us in a few commits, and for three refcount
+widths one by us with a commit for each edit. The two ways we do it leave different traces: a commit of its own switches
+a directory entry in place and reuses clusters that the one before gave back. QEMU then lists and reads all copies,
+checks ours, and compares the disks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ the most and the fewest refcounts. All widths would take the time of the whole r
 
 
 def listing(image: Path) -> list[dict[str, Any]]:
-    """What `qemu-img info` says of every bitmap. The directory's order is nobody's promise: QEMU reverses it at times."""
+    """What `qemu-img info` says of every bitmap, by name: QEMU itself changes the directory's order at times."""
     return sorted(bitmap_info(image), key=lambda entry: entry["name"])
 
 

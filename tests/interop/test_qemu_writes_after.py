@@ -52,6 +52,12 @@ def all_gone(edit: Edit | Model, turn: int) -> None:
         edit.remove("again", "again-fine")
 
 
+def merge_all_dirty(edit: Edit | Model, turn: int) -> None:
+    """All-ones chunks that are merged before they have ever been on a disk."""
+    edit.add(f"all{turn}", all_dirty=True)
+    edit.merge("fine", [f"all{turn}"])
+
+
 def all_at_once(edit: Edit | Model, turn: int) -> None:
     """A bit of everything in one commit."""
     edit.add(f"new{turn}")
@@ -83,7 +89,7 @@ SCRIPTS: dict[str, Script] = {
     "merge-coarser": lambda edit, turn: edit.merge("fine", ["coarse"]),  # noqa: ARG005
     "merge-into-disabled": lambda edit, turn: edit.merge("paused", ["daily", "fine"]),  # noqa: ARG005
     "merge-what-is-there": lambda edit, turn: edit.merge("daily", ["daily", "daily"]),  # noqa: ARG005
-    "merge-all-dirty": lambda edit, turn: (edit.add(f"all{turn}", all_dirty=True), edit.merge("fine", [f"all{turn}"]))[0],
+    "merge-all-dirty": merge_all_dirty,
     "copy": lambda edit, turn: edit.copy(("daily", "fine", "paused")[turn], f"copy{turn}"),
     "copy-finer": lambda edit, turn: edit.copy("coarse", f"copy{turn}", granularity=512 << turn),
     "set": lambda edit, turn: edit.set_range("daily", (turn + 1) * MIB - 1, 3 * MIB),

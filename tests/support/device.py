@@ -1,8 +1,8 @@
 """Real block devices for tests: loop devices over sparse files.
 
-They need root, or a sudo that asks nothing (as on the machines of GitHub Actions), and a kernel with the loop driver: any
-Debian, also in a container that is started with --privileged. Where there is none, the tests fail and say so: a device
-is a promise of qcow2bm, and a skipped test would look like a kept one.
+They need root, or a sudo that asks nothing (as on the machines of GitHub Actions), and a kernel with the loop driver:
+any Debian, also in a container that is started with --privileged. Where there is none, the tests fail and say so: a
+device is a promise of qcow2bm, and a skipped test would look like a kept one.
 """
 
 import os

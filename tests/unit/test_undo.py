@@ -13,7 +13,7 @@ from qcow2bm import Edit
 from qcow2bm.errors import UndoError, UnsupportedImageError
 from qcow2bm.image.undo import State, UndoFile
 from tests.support.qemu import check, qemu_img, qemu_io
-from tests.support.raw import OFFSET, Raw
+from tests.support.raw import BITMAPS, OFFSET, Raw
 from tests.support.recording import PowerCutError, Tape
 from tests.support.scenes import (
     SCENES,
@@ -452,6 +452,32 @@ def test_a_damaged_journal_is_refused_and_nothing_is_written(tmp_path: Path) -> 
         qcow2bm.open(image, writable=True)
     assert image.read_bytes() == torn
     assert (tmp_path / JOURNAL).read_bytes() == journal
+
+
+@pytest.mark.parametrize("content", [b"", bytes(40), bytes(5000)], ids=["empty", "short", "records without header"])
+def test_a_journal_whose_writing_was_cut_short_is_dropped_for_the_image_is_untouched(
+    tmp_path: Path, content: bytes
+) -> None:
+    image = straddling(tmp_path)
+    before = image.read_bytes()
+    (tmp_path / JOURNAL).write_bytes(content)
+    with qcow2bm.open(image, writable=True) as opened:
+        assert opened.qcow2.rolled_back
+    assert not (tmp_path / JOURNAL).exists()
+    assert image.read_bytes() == before
+
+
+def test_a_journal_is_not_rolled_back_over_what_somebody_else_wrote_since(tmp_path: Path) -> None:
+    image = straddling(tmp_path)
+    assert cut(image, add_data, 4, partial=True)
+    raw = Raw.load(image)
+    raw.data[raw.extensions()[BITMAPS][0] + 23] ^= 0x55  # in the pointer that was being switched
+    raw.save(image)
+    torn = image.read_bytes()
+    with pytest.raises(UndoError, match="has changed"):
+        qcow2bm.open(image, writable=True)
+    assert image.read_bytes() == torn
+    assert (tmp_path / JOURNAL).exists()
 
 
 def test_the_journal_lies_beside_the_image_itself_not_beside_a_link_to_it(tmp_path: Path) -> None:
