@@ -7,9 +7,8 @@ device is a promise of qcow2bm, and a skipped test would look like a kept one.
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.tools import QemuError, run
@@ -31,11 +30,11 @@ def loop_device(backing: Path, *, read_only: bool = False) -> Iterator[Path]:
     options = ["--read-only"] if read_only else []
     try:
         device = _attach(options, backing)
-    except (QemuError, FileNotFoundError):
+    except (QemuError, OSError):
         _load_driver()
         try:
             device = _attach(options, backing)
-        except (QemuError, FileNotFoundError) as error:
+        except (QemuError, OSError) as error:
             file = "tests/interop/test_devices.py"
             raise NoDeviceError(f"{WHY.format(file=file)}\n{error}") from error
     try:
@@ -52,16 +51,12 @@ def _attach(options: list[str], backing: Path) -> Path:
 
 def _load_driver() -> None:
     """What a plain machine may not have done yet: load the driver, make its control node. Failing shows afterwards."""
-    for command in (["modprobe", "loop"], ["mknod", "/dev/loop-control", "c", "10", "237"]):
-        if shutil.which(command[0], path=_PATH):
-            subprocess.run([*_sudo(), *command], capture_output=True, check=False, env=_environment())
+    for command in (("modprobe", "loop"), ("mknod", "/dev/loop-control", "c", "10", "237")):
+        with suppress(QemuError, OSError):
+            _as_root(*command)
 
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where a user's PATH does not lead
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PATH": _PATH}
 
 
 def _sudo() -> list[str]:
