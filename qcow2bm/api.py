@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from .bitmap.store import BitmapDirectory, State, StoredBitmap
-from .errors import naming
+from .errors import Qcow2bmError, naming
 from .format.extensions import ExtensionType
 from .format.snapshot_table import SnapshotEntry
 from .image.file import ImageFile
-from .image.image import OpenFile, Qcow2Image
+from .image.image import OpenFile, Qcow2Image, settle_interrupted
 from .image.lock import LockMode, acquire, holders
 from .image.mapping import Run, runs
 from .image.references import Kind, Reference
@@ -279,8 +279,12 @@ class Image:
             Qcow2bmError: an edit is refused, or the commit fails; the image is as before.
         """
         draft = self.draft()
-        with naming(self.path):
+        try:
             yield draft
+        except Qcow2bmError as error:  # what is refused is about this image; other errors are the caller's own
+            error.image = self.path if error.image is None else error.image
+            raise
+        with naming(self.path):
             plan = draft.plan()
         self.commit(plan, undo=undo)
 
@@ -328,6 +332,7 @@ def undo(
         with naming(file.path):
             if use_locks:
                 acquire(file.fd, LockMode.WRITER)
+            settle_interrupted(file, writable=True)
             with UndoFile(Path(undo_file)) as old:
                 old.restore(file, force=force)
     finally:

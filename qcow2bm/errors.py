@@ -9,6 +9,8 @@ The tree (exit status in brackets)::
     │   ├── TruncatedImageError       [2]  a structure lies outside the file
     │   └── ProofError                [2]  clusters are not owned as the image says
     ├── UnsupportedImageError         [1]  sound, but not for this operation
+    ├── OutdatedPlanError             [1]  the image has changed since the change was planned
+    ├── InterruptedChangeError        [1]  a crash cut a change short
     ├── InUseError                   [75]  another process has the image open
     ├── LockingUnavailableError       [1]  the file system cannot lock
     ├── NoSpaceError                  [1]  the change does not fit
@@ -92,6 +94,14 @@ class UnsupportedImageError(Qcow2bmError):
 
     Version 2, an unknown feature, the dirty or the corrupt bit.
     """
+
+
+class OutdatedPlanError(Qcow2bmError):
+    """The image has changed since the change was planned; nothing was written."""
+
+
+class InterruptedChangeError(Qcow2bmError):
+    """A crash cut a change short, and the image must be opened for writing to settle it."""
 
 
 class InUseError(Qcow2bmError):

@@ -3,106 +3,40 @@
 Why each layout keeps the image whole: the 24 bytes of the extension's data are overwritten in place, in one disk
 sector, so a crash leaves the old directory or the new one. A first extension is written behind the end marker,
 where nobody looks, before the end marker turns into its head, and only then the autoclear bit says that it counts.
-Dropping the last goes the other way. Where a header is laid out so that this is not possible, the change is one
-atomic stage and the commit engine keeps a journal.
+Dropping the last goes the other way. Where a header is laid out so that this is not possible, all of it is rewritten
+at once, under a journal.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..errors import NoSpaceError
 from ..format.extensions import BITMAPS_LENGTH, END_MARKER, HEAD_LENGTH, BitmapsExtension, Extension, ExtensionType
 from ..format.header import AUTOCLEAR_FIELD, BACKING_FILE_FIELDS, KNOWN_AUTOCLEAR, Autoclear
+from ..image.header_draft import HeaderDraft
 from ..image.image import Qcow2Image
-from ..image.plan import Stage, Write
+from ..image.plan import Switch
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderChange:
-    """Stages for a plan; `commit` is the index of the one that makes the new state valid."""
-
-    stages: tuple[Stage, ...]
-    commit: int
-
-
-class _Head:
-    """The first cluster as it becomes; each step gives the write that leads there from the step before."""
-
-    def __init__(self, image: Qcow2Image) -> None:
-        self._bytes = bytearray(image.head)
-        for write in clear_unknown_autoclear(image):
-            self._bytes[write.offset : write.end] = write.read()
-        self._before = bytes(self._bytes)
-        self._steps: list[Write] = []
-        self._unseen: list[Write] = []
-
-    def put(self, offset: int, data: bytes, purpose: str, *, unseen: bool = False) -> None:
-        """A step; `unseen` where nothing refers to these bytes yet, so that they may be torn."""
-        old = bytes(self._bytes[offset : offset + len(data)])
-        if old != data:
-            self._bytes[offset : offset + len(data)] = data
-            self._steps.append(Write.replace(offset, old, data, f"header: {purpose}"))
-            if unseen:
-                self._unseen.append(self._steps[-1])
-
-    def at_once(self, name: str) -> HeaderChange:
-        """All steps as one write, all or nothing."""
-        start = min(step.offset for step in self._steps)
-        end = max(step.end for step in self._steps)
-        write = Write.replace(start, self._before[start:end], bytes(self._bytes[start:end]), f"header: {name}")
-        return HeaderChange((Stage(name, (write,), atomic=True),), 0)
-
-    def in_steps(self, name: str, *, commit: int) -> HeaderChange:
-        """A stage for each step, in order.
-
-        One for all where a single sector holds them. `commit` may count from the end.
-        """
-        together = self.at_once(name)
-        if together.stages[0].fits_a_sector:
-            return together
-        stages = tuple(Stage(step.purpose, (step,), atomic=step not in self._unseen) for step in self._steps)
-        return HeaderChange(stages, commit % len(stages))
-
-
-def _autoclear(image: Qcow2Image, *, bitmaps: bool) -> bytes:
-    features = image.header.autoclear_features & KNOWN_AUTOCLEAR & ~Autoclear.BITMAPS
-    return int(features | (Autoclear.BITMAPS if bitmaps else 0)).to_bytes(8, "big")
-
-
-def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:
-    """What the specification asks of whoever writes to an image with autoclear bits it does not know."""
-    features = image.header.autoclear_features
-    # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
-    if not int(features) & ~int(KNOWN_AUTOCLEAR):
-        return []
-    known = int(features & KNOWN_AUTOCLEAR).to_bytes(8, "big")
-    return [
-        Write.replace(AUTOCLEAR_FIELD, int(features).to_bytes(8, "big"), known, "header: clear unknown autoclear bits")
-    ]
-
-
-def switch(image: Qcow2Image, extension: Extension, pointer: BitmapsExtension, *, attach: bool) -> HeaderChange:
+def switch(head: HeaderDraft, extension: Extension, pointer: BitmapsExtension, *, attach: bool) -> Switch:
     """Point the extension at another directory.
 
     Args:
         attach: set the autoclear bit too, afterwards: the bitmaps there were detached and are gone, the new ones count.
     """
-    head = _Head(image)
     head.put(extension.data_offset, pointer.build(), "the bitmaps extension")
     if attach:
-        head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=True), "the autoclear bit: the bitmaps count")
+        head.put(AUTOCLEAR_FIELD, _autoclear(head.image, bitmaps=True), "the autoclear bit: the bitmaps count")
     return head.in_steps("switch to the new bitmap directory", commit=-1)
 
 
-def attach(image: Qcow2Image, pointer: BitmapsExtension) -> HeaderChange:
+def attach(head: HeaderDraft, pointer: BitmapsExtension) -> Switch:
     """Add the extension to an image that has none.
 
     Raises:
         NoSpaceError: the first cluster has no room for it.
     """
+    image = head.image
     header, area = image.header, image.extensions
-    head = _Head(image)
     end = area.end + HEAD_LENGTH + BITMAPS_LENGTH + HEAD_LENGTH
     name = image.head[header.backing_file_offset :][: header.backing_file_size] if header.backing_file_offset else b""
     apart = True
@@ -124,10 +58,10 @@ def attach(image: Qcow2Image, pointer: BitmapsExtension) -> HeaderChange:
     return head.in_steps("add the bitmaps extension", commit=-1) if apart else head.at_once("add the bitmaps extension")
 
 
-def detach(image: Qcow2Image, extension: Extension) -> HeaderChange:
+def detach(head: HeaderDraft, extension: Extension) -> Switch:
     """Drop the extension: the image has no bitmaps any more."""
+    image = head.image
     area = image.extensions
-    head = _Head(image)
     head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=False), "the autoclear bit: no bitmaps count")
     if extension.end == area.end:
         # Only its head is overwritten; what follows an end marker means nothing.
@@ -137,6 +71,11 @@ def detach(image: Qcow2Image, extension: Extension) -> HeaderChange:
     moved = rest + bytes(extension.end - extension.offset)
     head.put(extension.offset, moved, "the extensions behind the bitmaps extension move up")
     return head.at_once("drop the bitmaps extension")
+
+
+def _autoclear(image: Qcow2Image, *, bitmaps: bool) -> bytes:
+    features = image.header.autoclear_features & KNOWN_AUTOCLEAR & ~Autoclear.BITMAPS
+    return int(features | (Autoclear.BITMAPS if bitmaps else 0)).to_bytes(8, "big")
 
 
 def _extension_head() -> bytes:

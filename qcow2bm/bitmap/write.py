@@ -9,7 +9,7 @@ ones, and at worst leaked clusters.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -19,10 +19,10 @@ from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.entries import ALL_ONES, BitmapTableEntry, table_bytes
 from ..format.extensions import BitmapsExtension
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES
+from ..image.change import Change, no_change
+from ..image.header_draft import HeaderDraft
 from ..image.image import Qcow2Image
-from ..image.plan import Plan, Stage, Write
-from ..image.proof import prove
-from ..image.refcounts import Allocator, Refcounts
+from ..image.plan import Plan, Stage, Switch, Write, fits_a_sector
 from . import header_area
 from .bits import BitVector
 from .chunks import ONES, ZEROES
@@ -49,59 +49,29 @@ def plan_changes(
         NoSpaceError: no room for the result.
         BitmapLimitError: the directory would be too large.
     """
-    refcounts = Refcounts(image)
-    change = _Change(image, directory, Allocator(image, refcounts))
-    plan = change.plan(wanted, summary)
-    if plan:
-        prove(image, plan, directory.references(), refcounts)
-    return plan
+    writer = _Writer(Change(image), directory)
+    entries = [writer.entry(bitmap) for bitmap in wanted]
+    if entries == [stored.entry for stored in directory.bitmaps]:
+        return no_change(image, summary)
+    kept = {id(bitmap.stored) for bitmap in wanted}
+    for stored in directory.bitmaps:
+        if id(stored) not in kept:
+            writer.free_bitmap(stored)
+    new_only = all(bitmap.stored is None for bitmap in wanted)
+    switch = writer.switch(entries, attach=new_only and not directory.attached)
+    return writer.change.plan(switch, directory.references(), summary)
 
 
-@dataclass
-class _Change:
-    """One plan in the making: what is written into free clusters, and what is given back."""
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Puts tables, data and directory into a change."""
 
-    image: Qcow2Image
+    change: Change
     directory: BitmapDirectory
-    allocator: Allocator
-
-    def __post_init__(self) -> None:
-        self._fresh: list[Write] = []
-
-    def plan(self, wanted: Sequence[Wanted], summary: tuple[str, ...]) -> Plan:
-        entries = [self._entry(bitmap) for bitmap in wanted]
-        kept = {id(bitmap.stored) for bitmap in wanted}
-        for stored in self.directory.bitmaps:
-            if id(stored) not in kept:
-                self._free_bitmap(stored)
-        stages: list[Stage] = []
-        commit = None
-        if entries != [stored.entry for stored in self.directory.bitmaps]:
-            new_only = bool(wanted) and all(bitmap.stored is None for bitmap in wanted)
-            switch = self._switch(entries, attach=new_only and not self.directory.attached)
-            self.allocator.finish()
-            commit = switch.stages[switch.commit]
-            prepare = (*header_area.clear_unknown_autoclear(self.image), *self._fresh, *self.allocator.prepare())
-            stages = [
-                Stage("prepare what nothing refers to yet", prepare),
-                *(Stage("link the new refcount blocks", tuple(writes)) for writes in self.allocator.link()),
-                *switch.stages,
-                Stage("give the old clusters back", tuple(self.allocator.release())),
-            ]
-            stages = [stage for stage in stages if stage.writes]
-        return Plan(
-            cluster_size=self.image.geometry.cluster_size,
-            size_before=self.image.file.size,
-            size_after=self.allocator.size_after(),
-            stages=tuple(stages),
-            commit_stage=stages.index(commit) if commit is not None else 0,
-            freed=frozenset(self.allocator.freed),
-            summary=summary,
-        )
 
     # Tables and data
 
-    def _entry(self, bitmap: Wanted) -> BitmapEntry:
+    def entry(self, bitmap: Wanted) -> BitmapEntry:
         """The directory entry of a bitmap, with a table of its own where its bits are new."""
         stored = bitmap.stored
         entry = (
@@ -117,8 +87,8 @@ class _Change:
         if stored is not None:
             if table == stored.table:
                 return entry
-            self._free(stored.entry.bitmap_table_offset, 8 * len(stored.table))
-        offset = self._put(table_bytes(table), f"table of bitmap '{decode_name(bitmap.name)}'")
+            self.change.free(stored.entry.bitmap_table_offset, 8 * len(stored.table))
+        offset = self.change.put(table_bytes(table), f"table of bitmap '{decode_name(bitmap.name)}'")
         return replace(entry, bitmap_table_offset=offset, bitmap_table_size=len(table))
 
     def _table(self, bits: BitVector, stored: StoredBitmap | None, name: str) -> array[int]:
@@ -128,7 +98,7 @@ class _Change:
         """
         old_bits = stored.bits if stored is not None else None
         table = array("Q", stored.table) if stored is not None else array("Q", bytes(8 * len(bits.chunks)))
-        cluster_size = self.image.geometry.cluster_size
+        cluster_size = self.change.image.geometry.cluster_size
         for index, old in enumerate(table):
             chunk = bits.settle(index, old_bits)
             if old_bits is not None and chunk is old_bits.chunks[index]:
@@ -136,14 +106,13 @@ class _Change:
             if chunk is ZEROES or chunk is ONES:
                 table[index] = ALL_ONES if chunk is ONES else 0
             else:
-                table[index] = offset = self.allocator.take()
                 make = partial(_chunk_bytes, bits, index)
-                self._fresh.append(Write(offset, cluster_size, make, f"data of bitmap '{name}', chunk {index}"))
+                table[index] = self.change.put_cluster(make, f"data of bitmap '{name}', chunk {index}")
             if BitmapTableEntry(old).offset:
-                self._free(BitmapTableEntry(old).offset, cluster_size)
+                self.change.free(BitmapTableEntry(old).offset, cluster_size)
         return table
 
-    def _free_bitmap(self, stored: StoredBitmap) -> None:
+    def free_bitmap(self, stored: StoredBitmap) -> None:
         """Give back everything of a removed bitmap.
 
         Raises:
@@ -157,47 +126,38 @@ class _Change:
             ) from error
         for value in table:
             entry = BitmapTableEntry(value)
-            fault = entry.fault(self.image.geometry)
+            fault = entry.fault(self.change.image.geometry)
             if fault is not None:
                 raise BitmapBrokenError(
                     f"bitmap '{stored.name}' cannot be removed: its table's {fault}", hint=RUN_CHECK
                 )
             if entry.offset:
-                self._free(entry.offset, self.image.geometry.cluster_size)
-        self._free(stored.entry.bitmap_table_offset, 8 * len(table))
-
-    def _free(self, offset: int, length: int) -> None:
-        self.allocator.free(offset, length)
-
-    def _put(self, data: bytes, purpose: str) -> int:
-        """Write `data` into free clusters, filled up with zeroes; returns their offset."""
-        clusters = self.image.geometry.clusters(len(data))
-        offset = self.allocator.take(clusters)
-        padded = data + bytes(clusters * self.image.geometry.cluster_size - len(data))
-        self._fresh.append(Write.fresh(offset, padded, purpose))
-        return offset
+                self.change.free(entry.offset, self.change.image.geometry.cluster_size)
+        self.change.free(stored.entry.bitmap_table_offset, 8 * len(table))
 
     # The directory
 
-    def _switch(self, entries: list[BitmapEntry], *, attach: bool) -> header_area.HeaderChange:
+    def switch(self, entries: list[BitmapEntry], *, attach: bool) -> Callable[[HeaderDraft], Switch]:
         """What makes the new directory the valid one; `attach` where the old one did not count."""
         directory = b"".join(entry.build() for entry in entries)
         if len(directory) > MAX_BITMAP_DIRECTORY_BYTES:
             raise BitmapLimitError(f"the bitmap directory would be above {MAX_BITMAP_DIRECTORY_BYTES} bytes")
         extension, pointer = self.directory.extension, self.directory.pointer
         if extension is None or pointer is None:
-            return header_area.attach(self.image, self._new_directory(entries, directory))
+            return partial(header_area.attach, pointer=self._new_directory(entries, directory))
         if len(entries) == pointer.nb_bitmaps and not attach:
             write = self._within_a_sector(pointer.bitmap_directory_offset, directory)
             if write is not None:
-                return header_area.HeaderChange((Stage("switch the directory entry", (write,), atomic=True),), 0)
-        self._free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
+                in_place = Switch((Stage("switch the directory entry", (write,), atomic=True),))
+                return lambda _: in_place
+        self.change.free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         if not entries:
-            return header_area.detach(self.image, extension)
-        return header_area.switch(self.image, extension, self._new_directory(entries, directory), attach=attach)
+            return partial(header_area.detach, extension=extension)
+        new = self._new_directory(entries, directory)
+        return partial(header_area.switch, extension=extension, pointer=new, attach=attach)
 
     def _new_directory(self, entries: list[BitmapEntry], directory: bytes) -> BitmapsExtension:
-        return BitmapsExtension(len(entries), len(directory), self._put(directory, "bitmap directory"))
+        return BitmapsExtension(len(entries), len(directory), self.change.put(directory, "bitmap directory"))
 
     def _within_a_sector(self, offset: int, directory: bytes) -> Write | None:
         """The one write that turns the stored directory into the new one, if a single sector holds all that differs."""
@@ -207,7 +167,7 @@ class _Change:
         differing = [place for place, pair in enumerate(zip(old, directory, strict=True)) if pair[0] != pair[1]]
         start, stop = differing[0], differing[-1] + 1
         write = Write.replace(offset + start, old[start:stop], directory[start:stop], "bitmap directory entry")
-        return write if Stage("", (write,)).fits_a_sector else None
+        return write if fits_a_sector([write]) else None
 
 
 def _chunk_bytes(bits: BitVector, index: int) -> memoryview:

@@ -35,6 +35,8 @@ REFCOUNT_TABLE_FIELDS = 48
 
 One sector, so they switch together.
 """
+INCOMPATIBLE_FIELD = 72
+"""Offset of incompatible_features (8 bytes)."""
 AUTOCLEAR_FIELD = 88
 """Offset of autoclear_features (8 bytes)."""
 

@@ -1,8 +1,11 @@
 """The commit engine: carries a plan out so that at every moment the old or the new state is valid on disk.
 
-Each stage's writes are followed by a barrier. Up to the stage that commits, a failure puts everything back; after
-it, what is left undone is a leak and nothing worse. A failed flush is different: what reached the disk is unknown,
-so nothing more is written.
+Each stage's writes are followed by a barrier. Up to the stage that commits, a failure puts everything back; after it,
+what is left undone is a leak and nothing worse. A failed flush is different: what reached the disk is unknown, so
+nothing more is written.
+
+Stages that a crash could tear are journaled: what they replace is on disk before the first of them begins, and the
+journal goes as soon as the last is done, so that it can never be applied to an image that somebody used since.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from ..errors import (
     FlushError,
     ImageIOError,
     NoSpaceError,
+    OutdatedPlanError,
     Qcow2bmError,
     UndoError,
-    UnsupportedImageError,
+    UsageError,
     from_os_error,
     naming,
 )
@@ -42,35 +46,55 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
         undo: keep what is replaced in this file, which must not exist yet.
 
     Raises:
+        UsageError: the image is open read-only.
+        OutdatedPlanError: the image has changed since the plan was made; nothing was written.
         NoSpaceError: the file system has not the room; nothing was written, or everything was put back.
-        UnsupportedImageError: the image has changed since the plan was made.
-        UndoError: the undo file cannot be written; nothing was changed.
+        UndoError: the undo file or the journal cannot be written; nothing was changed.
         ImageIOError: a write failed and everything was put back, or a flush failed and the state is unknown.
     """
     with naming(image.file.path):
+        if not image.file.writable:
+            raise UsageError("the image is open read-only", hint="open it with writable=True")
         _require_as_planned(image, plan)
         _require_space(image, plan)
-        undo_file, journal = _open_undo(image, plan, undo)
+        if plan.journaled and image.file.is_device and undo is None:
+            raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
+        writer = _undo_writer(image, plan, undo)
         engine = _Engine(image, plan, progress)
         try:
             engine.run()
         except BaseException:
-            # A journal that stays would put back a change that is done.
-            if journal is not None and (engine.rolled_back or engine.committed):
-                journal.discard()
-            if undo_file is not None and engine.rolled_back:
-                undo_file.discard()
+            if writer is not None and engine.rolled_back:
+                writer.discard()
             raise
-        if journal is not None:
-            journal.discard()
-        if undo_file is not None:
-            undo_file.complete(image.file)
+        if writer is not None:
+            writer.complete(image.file)
         image.reload()
 
 
 def _require_as_planned(image: Qcow2Image, plan: Plan) -> None:
-    if image.file.size != plan.size_before:
-        raise UnsupportedImageError("the image has changed since the change was planned")
+    """Look at everything the plan rewrites before the first byte is written: its free clusters may be free no more."""
+    changed = image.file.size != plan.size_before
+    earlier: dict[int, list[Write]] = {}
+    for write in plan.writes():
+        if write.old is None or changed:
+            continue
+        # Where two stages rewrite a place, the second expects what the first leaves.
+        now = bytearray(image.file.read_at(write.offset, write.length))
+        neighbours = earlier.setdefault(write.offset // plan.cluster_size, [])
+        for other in neighbours:
+            _overlay(now, write.offset, other)
+        neighbours.append(write)
+        changed = now != write.old
+    if changed:
+        raise OutdatedPlanError("the image has changed since the change was planned", hint="nothing was written")
+
+
+def _overlay(data: bytearray, offset: int, write: Write) -> None:
+    """Make `data`, which lies at `offset`, what it is after `write`."""
+    start, end = max(offset, write.offset), min(offset + len(data), write.end)
+    if start < end:
+        data[start - offset : end - offset] = write.read()[start - write.offset : end - write.offset]
 
 
 def _require_space(image: Qcow2Image, plan: Plan) -> None:
@@ -81,25 +105,12 @@ def _require_space(image: Qcow2Image, plan: Plan) -> None:
         )
 
 
-def _open_undo(image: Qcow2Image, plan: Plan, undo: Path | None) -> tuple[UndoWriter | None, UndoWriter | None]:
-    """The user's undo file, and the journal beside the image, where whoever opens it next looks for one."""
-    needs_journal = plan.needs_journal
-    if needs_journal and image.file.is_device:
-        if undo is None:
-            raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
-        needs_journal = False
-    if undo is None and not needs_journal:
-        return None, None
+def _undo_writer(image: Qcow2Image, plan: Plan, path: Path | None) -> UndoWriter | None:
+    if path is None:
+        return None
     from .undo import UndoWriter  # rarely needed, and its structures take time to declare
 
-    undo_file = UndoWriter.create(undo, image.file, plan) if undo is not None else None
-    try:
-        journal = UndoWriter.create(image.file.journal, image.file, plan) if needs_journal else None
-    except BaseException:
-        if undo_file is not None:
-            undo_file.discard()
-        raise
-    return undo_file, journal
+    return UndoWriter.create(path, image.file, plan.stages, plan.size_after)
 
 
 class _Engine:
@@ -112,15 +123,18 @@ class _Engine:
         self._total = plan.bytes_written
         self._done: list[list[Write]] = []
         self._written = 0
+        self._journal: UndoWriter | None = None
         self.rolled_back = False
-        self.committed = False
 
     def run(self) -> None:
         for number, stage in enumerate(self._plan.stages):
             self._done.append([])
             try:
+                self._keep_journal(stage)
                 self._write(stage)
                 self._file.barrier()
+                if number == self._plan.commit_stage:
+                    self._drop_journal()
             except FlushError:
                 raise
             except BaseException as error:  # also a signal: whatever stops us, the old state is put back
@@ -129,12 +143,23 @@ class _Engine:
                 if isinstance(error, OSError):
                     raise self._explain(error, number) from error
                 raise
-            self.committed = self.committed or number == self._plan.commit_stage
+
+    def _keep_journal(self, stage: Stage) -> None:
+        # A device has no place beside it that outlives a crash: there the user's undo file is the journal.
+        if stage.journaled and self._journal is None and not self._file.is_device:
+            from .undo import UndoWriter
+
+            self._journal = UndoWriter.create(self._file.journal, self._file, self._plan.journaled, self._file.size)
+
+    def _drop_journal(self) -> None:
+        if self._journal is not None:
+            journal, self._journal = self._journal, None
+            journal.discard()
 
     def _write(self, stage: Stage) -> None:
         for write in stage.writes:
             if write.old is not None and self._file.read_at(write.offset, write.length) != write.old:
-                raise UnsupportedImageError(f"the image has changed at {write.offset:#x} since the change was planned")
+                raise OutdatedPlanError(f"the image has changed at {write.offset:#x} since the change was planned")
             # Noted first: a write that fails may have written some of it.
             self._done[-1].append(write)
             self._file.write_at(write.offset, write.read())
@@ -153,6 +178,7 @@ class _Engine:
             if self._file.size > self._plan.size_before:
                 self._file.truncate(self._plan.size_before)
                 self._file.barrier()
+            self._drop_journal()
         except OSError as error:
             cause = from_os_error(error)
             raise ImageIOError(

@@ -14,6 +14,7 @@ from typing import Self
 
 from ..errors import (
     CorruptImageError,
+    InterruptedChangeError,
     LockingUnavailableError,
     TruncatedImageError,
     UnsupportedImageError,
@@ -97,7 +98,7 @@ class Qcow2Image:
         try:
             with naming(file.path):
                 locked = use_locks and _take_locks(file, writable=writable, force_share=force_share)
-                rolled_back = _settle_interrupted(file, writable=writable)
+                rolled_back = settle_interrupted(file, writable=writable)
                 image = cls(file, *read_head(file), locked=locked and not force_share)
                 image.rolled_back = rolled_back
                 if writable:
@@ -203,18 +204,25 @@ def _take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
     return True
 
 
-def _settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
-    """Roll back what a crash cut short, or refuse to read an image in that state; True if something was rolled back."""
+def settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
+    """Settle what a crash cut short, or refuse to read an image in that state; True if something was rolled back.
+
+    The caller holds the lock that goes with it.
+
+    Raises:
+        InterruptedChangeError: there is a journal, and the image is open read-only.
+        UndoError: the journal is damaged, or the image is not as the crash left it.
+    """
     if not file.journal.exists():
         return False
     if not writable:
-        raise UnsupportedImageError(
-            "a change was cut short by a crash", hint="the next command that opens the image for writing rolls it back"
+        raise InterruptedChangeError(
+            f"a change was cut short by a crash: there is a journal {file.journal}",
+            hint="the next command that opens the image for writing settles it",
         )
-    from .undo import roll_back_interrupted  # rarely needed, and its structures take time to declare
+    from .undo import settle_journal  # rarely needed, and its structures take time to declare
 
-    roll_back_interrupted(file)
-    return True
+    return settle_journal(file)
 
 
 def read_head(file: ImageFile) -> tuple[bytes, Header, ExtensionArea]:

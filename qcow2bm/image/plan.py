@@ -6,7 +6,7 @@ keeps what it replaces, the proof looks at which clusters it touches, and the te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 SECTOR = 512
@@ -54,30 +54,47 @@ class Write:
 class Stage:
     """Writes that may reach the disk in any order; a barrier follows them.
 
-    Attributes: atomic: all or none of the writes may be seen after a crash. Where they do not lie in one sector a
-        journal takes care of it.
+    Attributes:
+        atomic: all or none of the writes may be seen after a crash, so one sector must hold them.
+        journaled: part of a rewrite that one sector does not hold; the commit engine keeps a journal of these stages.
     """
 
     name: str
     writes: tuple[Write, ...]
     atomic: bool = False
+    journaled: bool = False
 
     @property
     def fits_a_sector(self) -> bool:
         """True if the disk itself keeps the stage whole."""
-        sectors = {write.offset // SECTOR for write in self.writes} | {
-            (write.end - 1) // SECTOR for write in self.writes
-        }
-        return len(sectors) <= 1
+        return fits_a_sector(self.writes)
+
+
+def fits_a_sector(writes: Iterable[Write]) -> bool:
+    """True if one sector holds all the writes, so that the disk keeps them whole if they are made as one."""
+    sectors = {sector for write in writes for sector in (write.offset // SECTOR, (write.end - 1) // SECTOR)}
+    return len(sectors) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Stages that make a new state the valid one, `commit` being the index of the stage that does it."""
+
+    stages: tuple[Stage, ...]
+    commit: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, and what the image is before and after.
 
-    Attributes: commit_stage: index of the stage that makes the new state the valid one. Before it the old state is,
-        so a failure rolls back. size_before, size_after: file length in bytes. freed: numbers of the clusters that
-        nothing uses any more once the plan is done. summary: what the change does, a line per edit.
+    Attributes:
+        commit_stage: index of the stage that makes the new state the valid one. Before it the old state is, so a
+            failure rolls back.
+        size_before: file length in bytes.
+        size_after: the same once the plan is done.
+        freed: numbers of the clusters that nothing uses any more then.
+        summary: what the change does, a line per edit.
     """
 
     cluster_size: int
@@ -116,6 +133,6 @@ class Plan:
         return sum(write.length for write in self.writes())
 
     @property
-    def needs_journal(self) -> bool:
-        """True if a stage that must be all or nothing is more than the disk keeps whole."""
-        return any(stage.atomic and not stage.fits_a_sector for stage in self.stages)
+    def journaled(self) -> tuple[Stage, ...]:
+        """The stages that a crash could tear, which is why they need a journal; nearly always none."""
+        return tuple(stage for stage in self.stages if stage.journaled)

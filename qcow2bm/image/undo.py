@@ -1,8 +1,11 @@
-"""Undo files: what a plan replaces, written down and flushed before the first byte is overwritten.
+"""Undo files: what stages of a plan replace, written down and flushed before the first byte is overwritten.
 
-The same file is the journal. While a plan runs it says "in progress", and after a crash whoever opens the image for
-writing rolls it back; once the plan is done it says "complete", and the user may put the old bytes back as long as
-nobody has touched the image since.
+While a plan runs its undo file says "in progress"; once the plan is done it says "complete", and the user may put the
+old bytes back as long as nobody has touched the image since. They are put back stage by stage, last stage first, so
+that a crash on the way leaves no more than leaked clusters, and the same command finishes what it began.
+
+A journal is the same file for the few stages that a crash could tear. Whoever opens the image for writing next settles
+it: what was torn is rolled back, what was finished is kept.
 
 Layout (little-endian, each part with its own CRC-32C): one 512-byte header, which a disk writes whole, so that the
 state changes at one moment; then the records, each a fixed head, the old bytes (none if they were all zero) and,
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -25,7 +28,7 @@ from construct import Bytes, Const, ConstructError, Int32ul, Int64sl, Int64ul, P
 
 from ..errors import UndoError, from_os_error
 from .file import ImageFile
-from .plan import SECTOR, Plan, Write
+from .plan import SECTOR, Stage, Write
 
 
 class State(IntEnum):
@@ -47,6 +50,7 @@ _FIELDS = Struct(
 )
 _HEADER = Padded(SECTOR, Struct("magic" / Const(_MAGIC), "fields" / Bytes(_FIELDS.sizeof()), "crc" / Int32ul))
 _RECORD = Struct(
+    "stage" / Int64ul,
     "offset" / Int64ul,
     "length" / Int64ul,
     "old_stored" / Int64ul,
@@ -82,6 +86,7 @@ class _Record:
     `new` is empty where free clusters were filled; `filled` is then their length, `filled_crc` is over their content.
     """
 
+    stage: int
     offset: int
     old: bytes
     new: bytes
@@ -104,8 +109,8 @@ class UndoWriter:
         self._summary = summary
 
     @classmethod
-    def create(cls, path: Path, image: ImageFile, plan: Plan) -> UndoWriter:
-        """Write down what `plan` replaces in `image`.
+    def create(cls, path: Path, image: ImageFile, stages: Sequence[Stage], size_after: int) -> UndoWriter:
+        """Write down what `stages` replace in `image`, which will have `size_after` bytes.
 
         Raises:
             UndoError: the file exists already or cannot be written.
@@ -116,10 +121,9 @@ class UndoWriter:
             fd = os.open(path, flags, mode)
         except OSError as error:
             raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
-        summary = _Summary(State.IN_PROGRESS, 0, image.size, plan.size_after, 0, 0)
-        writer = cls(fd, path, summary)
+        writer = cls(fd, path, _Summary(State.IN_PROGRESS, 0, image.size, size_after, 0, 0))
         try:
-            writer._fill(image, plan)
+            writer._fill(image, stages)
         except OSError as error:
             writer.discard()
             raise UndoError(f"cannot write the undo file {path}: {os.strerror(error.errno or 0)}") from error
@@ -128,14 +132,15 @@ class UndoWriter:
             raise
         return writer
 
-    def _fill(self, image: ImageFile, plan: Plan) -> None:
+    def _fill(self, image: ImageFile, stages: Sequence[Stage]) -> None:
         at = SECTOR
         count = 0
-        for write in plan.writes():
-            record = _encode(image, write, max(0, min(write.end, image.size) - write.offset))
-            _write_all(self._fd, record, at)
-            at += len(record)
-            count += 1
+        for number, stage in enumerate(stages):
+            for write in stage.writes:
+                record = _encode(image, number, write)
+                _write_all(self._fd, record, at)
+                at += len(record)
+                count += 1
         # A file whose header is there is whole: a crash before that leaves a sector of zeroes, and an untouched image.
         os.fsync(self._fd)
         self._summary = replace(self._summary, records=count)
@@ -159,15 +164,17 @@ def _now(image: ImageFile) -> dict[str, int]:
     return {"head_crc": _crc(image.read_at(0, SECTOR)), "size_after": image.size}
 
 
-def _encode(image: ImageFile, write: Write, old_length: int) -> bytes:
-    old = image.read_at(write.offset, old_length)
+def _encode(image: ImageFile, stage: int, write: Write) -> bytes:
+    reached = max(0, min(write.end, image.size) - write.offset)
+    old = image.read_at(write.offset, reached) if write.old is None else write.old
     stored = old if any(old) else b""
     fresh = write.old is None
-    new = b"" if fresh else bytes(write.read()[:old_length])
+    new = b"" if fresh else bytes(write.read())
     head: bytes = _RECORD.build(
         {
+            "stage": stage,
             "offset": write.offset,
-            "length": old_length,
+            "length": len(old),
             "old_stored": len(stored),
             "new_stored": len(new),
             "filled": write.length if fresh else 0,
@@ -257,15 +264,15 @@ class UndoFile:
             head = _RECORD.parse(raw)
             at += head_length + 4
             length = head.old_stored + head.new_stored
-            fits = not head.length or head.offset + head.length <= self._summary.size_before
-            fits = fits and head.offset + head.filled <= self._summary.size_after and length <= end - at
+            reach = max(self._summary.size_before, self._summary.size_after)
+            fits = head.offset + max(head.length, head.filled) <= reach and length <= end - at
             stored = os.pread(self._fd, length, at) if fits else b""
             whole = {head.old_stored, head.new_stored} <= {0, head.length}
             if len(stored) != length or _crc(stored) != head.crc or not fits or not whole:
                 raise UndoError(f"{self.path} is damaged in record {number}")
             at += length
             old, new = stored[: head.old_stored] or bytes(head.length), stored[head.old_stored :]
-            yield _Record(head.offset, old, new, head.filled, head.filled_crc)
+            yield _Record(head.stage, head.offset, old, new, head.filled, head.filled_crc)
 
     def restore(self, image: ImageFile, *, force: bool = False) -> None:
         """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
@@ -284,35 +291,50 @@ class UndoFile:
         if self.state is State.COMPLETE:
             self._require_unchanged(image, force=force)
         _write_state(self._fd, replace(self._summary, state=State.IN_PROGRESS))
-        # All old bytes were read before the plan began, so the order of the records does not matter.
-        for record in self._records():
-            image.write_at(record.offset, record.old)
-        image.barrier()
-        if not image.is_device:
-            image.truncate(self._summary.size_before)
-            image.barrier()
+        self._put_back(image)
         _write_state(self._fd, replace(self._summary, state=State.UNDONE))
 
+    def settle(self, image: ImageFile) -> bool:
+        """Finish with a journal that a crash left: True if what it journals was torn and is rolled back.
+
+        Raises:
+            UndoError: the journal is damaged, or the image is not as the crash left it.
+        """
+        if self.is_untouched(image) or self._is_final(image):
+            return False
+        self._require_recognised(image)
+        self._put_back(image)
+        return True
+
+    def _put_back(self, image: ImageFile) -> None:
+        stages = sorted({record.stage for record in self._records()}, reverse=True)
+        for stage in stages:
+            for record in self._records():
+                if record.stage == stage:
+                    image.write_at(record.offset, record.old)
+            image.barrier()
+        if image.size > self._summary.size_before and not image.is_device:
+            image.truncate(self._summary.size_before)
+            image.barrier()
+
     def _require_recognised(self, image: ImageFile) -> None:
-        """Every byte that was rewritten must be the old one or a new one.
+        """Every byte that was rewritten must be an old or a new one.
 
         Anything else is another image, or a later state.
         """
         sizes = sorted((self._summary.size_before, self._summary.size_after))
         strange: set[int] = set()
-        explained: set[int] = set()
-        for record in self._records():
-            if not record.new or not sizes[0] <= image.size <= sizes[1]:
-                continue
-            now = image.read_at(record.offset, len(record.old))
-            if now not in (record.old, record.new):
-                for place, byte in enumerate(now):
-                    if byte != record.old[place]:
-                        (explained if byte == record.new[place] else strange).add(record.offset + place)
-            elif now == record.new:
-                explained.update(range(record.offset, record.offset + len(now)))
-        if strange - explained or not sizes[0] <= image.size <= sizes[1]:
-            raise UndoError("the image has changed since the undo file was written", hint="nothing was put back")
+        known = sizes[0] <= image.size <= sizes[1]
+        rewrites = [record for record in self._records() if record.new and known]
+        for record in rewrites:
+            strange.update(_places(image, record, matching=False))
+        for record in rewrites if strange else ():
+            strange.difference_update(_places(image, record, matching=True))
+        if strange or not known:
+            raise UndoError(
+                "the image has changed since the undo file was written",
+                hint=f"nothing was put back; if you know better, move {self.path} away",
+            )
 
     def _require_unchanged(self, image: ImageFile, *, force: bool) -> None:
         summary = self._summary
@@ -325,37 +347,60 @@ class UndoFile:
                 hint="guest data may be newer; use --force if you know that only the time stamp changed",
             )
 
+    def is_untouched(self, image: ImageFile) -> bool:
+        """True if everything that was to be rewritten is as it was."""
+        rewrites = [(record.offset, record.old) for record in self._records() if record.new]
+        return _would_change_nothing(image, reversed(rewrites))
+
     def _is_final(self, image: ImageFile) -> bool:
         """True if everything the change wrote is as it left it."""
-        final: dict[int, int] = {}
-        places: list[tuple[int, int]] = []
+        rewrites = []
         for record in self._records():
-            final.update(enumerate(record.new, record.offset))
-            places.append((record.offset, len(record.new)))
             if record.filled and _crc(image.read_at(record.offset, record.filled)) != record.filled_crc:
                 return False
-        return all(
-            image.read_at(offset, length) == bytes(final[place] for place in range(offset, offset + length))
-            for offset, length in places
-            if length
-        )
+            rewrites.append((record.offset, record.new))
+        return _would_change_nothing(image, rewrites)
 
 
-def roll_back_interrupted(image: ImageFile) -> None:
-    """Undo the change that a crash cut short, by the journal it left.
+def _places(image: ImageFile, record: _Record, *, matching: bool) -> set[int]:
+    """Offsets of the bytes of a rewrite that are, or are not, an old or a new one."""
+    now = image.read_at(record.offset, len(record.old))
+    if now in (record.old, record.new) and not matching:
+        return set()
+    bytes_there = enumerate(zip(now, record.old, record.new, strict=True), record.offset)
+    return {place for place, (byte, old, new) in bytes_there if (byte in (old, new)) is matching}
+
+
+def _would_change_nothing(image: ImageFile, writes: Iterable[tuple[int, bytes]]) -> bool:
+    """True if the image is as it would be after these writes, one after the other."""
+    there: dict[int, bytes] = {}
+    wanted: dict[int, bytearray] = {}
+    for offset, data in writes:
+        for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
+            if sector not in there:
+                there[sector] = image.read_at(sector * SECTOR, SECTOR)
+                wanted[sector] = bytearray(there[sector])
+            start, end = max(offset, sector * SECTOR), min(offset + len(data), (sector + 1) * SECTOR)
+            wanted[sector][start % SECTOR : (end - 1) % SECTOR + 1] = data[start - offset : end - offset]
+    return wanted == there
+
+
+def settle_journal(image: ImageFile) -> bool:
+    """Finish with the journal that a crash left beside an image; True if a torn header was rolled back.
 
     The caller holds the write lock.
 
     Raises:
-        UndoError: the journal is damaged.
+        UndoError: the journal is damaged, or the image is not as the crash left it.
     """
     path = image.journal
+    rolled_back = False
     try:
         if UndoFile.was_begun(path):
             with UndoFile(path) as journal:
-                if journal.state is State.IN_PROGRESS:
-                    journal.restore(image)
+                rolled_back = journal.settle(image)
         path.unlink()
         _sync_directory(path)
     except OSError as error:
         raise from_os_error(error, path) from error
+    return rolled_back

@@ -46,7 +46,8 @@ class Tape:
         sticky: every later write fails too.
         partial: a failing write has written half of its bytes.
         power_cut: it fails by a power cut: later barriers and truncations are lost as well.
-        journal: the journal beside the image at the first write, or when power was cut, if there was one.
+        journal: the journal beside the image when the last write was made that found one, or when power was cut.
+        journaled: numbers of the epochs in which it was there.
         device: call the file a block device.
     """
 
@@ -59,6 +60,7 @@ class Tape:
     events: list[Event] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     journal: bytes | None = None
+    journaled: set[int] = field(default_factory=set)
     writes: int = 0
     dead: bool = False
 
@@ -99,8 +101,9 @@ class _RecordingFile(ImageFile):
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         tape, number = self.tape, self.tape.writes
         tape.writes += 1
-        if number == 0 and self.journal.exists():
+        if self.journal.exists():
             tape.journal = self.journal.read_bytes()
+            tape.journaled.add(sum(event.kind == "barrier" for event in tape.events))
         self._require_power()
         if tape.fail_at is not None and (number == tape.fail_at or (tape.sticky and number > tape.fail_at)):
             if tape.partial:

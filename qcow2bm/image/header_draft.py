@@ -1,0 +1,110 @@
+"""The first cluster as a plan makes it: the one place where header bytes are changed, step by step.
+
+Why the image stays whole: steps that lie in one disk sector become one write, which the disk makes or does not make. A
+rewrite that one sector does not hold is bracketed by two that do: the first sets the corrupt bit, so that QEMU will not
+open a header that a crash tore, and the last clears it. The commit engine keeps a journal of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..format.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD, KNOWN_AUTOCLEAR, Incompatible
+from .image import Qcow2Image
+from .plan import Stage, Switch, Write, fits_a_sector
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    offset: int
+    data: bytes
+    purpose: str
+    unseen: bool = False
+
+
+class HeaderDraft:
+    """Header bytes as they are when the switch of a plan comes, and the steps that switch takes."""
+
+    def __init__(self, image: Qcow2Image, earlier: Iterable[Write] = ()) -> None:
+        """Start from the image's first cluster, with what earlier stages of the plan write to it."""
+        self.image = image
+        before = bytearray(image.head)
+        for write in earlier:
+            if write.offset < len(before):
+                before[write.offset : write.end] = write.read()
+        self._before = bytes(before)
+        self._steps: list[_Step] = []
+
+    def put(self, offset: int, data: bytes, purpose: str, *, unseen: bool = False) -> None:
+        """A step; `unseen` where nothing refers to these bytes yet, so that they may be torn."""
+        if self._after(self._steps)[offset : offset + len(data)] != data:
+            self._steps.append(_Step(offset, data, purpose, unseen))
+
+    def at_once(self, name: str) -> Switch:
+        """All steps together, all or nothing."""
+        write = self._write([], self._steps, name)
+        if fits_a_sector([write]):
+            return Switch((Stage(name, (write,), atomic=True),))
+        return self._torn(name)
+
+    def in_steps(self, name: str, *, commit: int) -> Switch:
+        """A stage for each step, in order; neighbours that one sector holds are one.
+
+        Args:
+            commit: index of the stage that makes the new state valid; -1 is the last.
+        """
+        groups = self._groups()
+        stages = []
+        for number, group in enumerate(groups):
+            write = self._write([step for done in groups[:number] for step in done], group, group[-1].purpose)
+            unseen = all(step.unseen for step in group)
+            if not (unseen or fits_a_sector([write])):
+                return self._torn(name)
+            stages.append(Stage(write.purpose, (write,), atomic=not unseen))
+        return Switch(tuple(stages), commit % len(stages))
+
+    def _groups(self) -> list[list[_Step]]:
+        groups: list[list[_Step]] = []
+        for step in self._steps:
+            if groups and fits_a_sector([self._write([], [*groups[-1], step], "")]):
+                groups[-1].append(step)
+            else:
+                groups.append([step])
+        return groups
+
+    def _after(self, steps: Iterable[_Step]) -> bytes:
+        head = bytearray(self._before)
+        for step in steps:
+            head[step.offset : step.offset + len(step.data)] = step.data
+        return bytes(head)
+
+    def _write(self, done: list[_Step], steps: list[_Step], purpose: str) -> Write:
+        """The one write that makes `steps` when those before them are done."""
+        start = min(step.offset for step in steps)
+        end = max(step.offset + len(step.data) for step in steps)
+        old, new = self._after(done), self._after([*done, *steps])
+        return Write.replace(start, old[start:end], new[start:end], f"header: {purpose}")
+
+    def _torn(self, name: str) -> Switch:
+        """A rewrite that one sector does not hold, while the corrupt bit keeps QEMU out."""
+        features = self.image.header.incompatible_features
+        plain, marked = (int(value).to_bytes(8, "big") for value in (features, features | Incompatible.CORRUPT))
+        mark = _Step(INCOMPATIBLE_FIELD, marked, "the corrupt bit keeps QEMU out while the header is rewritten")
+        unmark = _Step(INCOMPATIBLE_FIELD, plain, "the corrupt bit is cleared again")
+        writes = (
+            self._write([], [mark], mark.purpose),
+            self._write([mark], self._steps, name),
+            self._write([mark, *self._steps], [unmark], unmark.purpose),
+        )
+        return Switch(tuple(Stage(write.purpose, (write,), atomic=True, journaled=True) for write in writes), commit=2)
+
+
+def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:
+    """What the specification asks of whoever writes to an image with autoclear bits it does not know."""
+    # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
+    features, known = int(image.header.autoclear_features), int(KNOWN_AUTOCLEAR)
+    if not features & ~known:
+        return []
+    old, new = features.to_bytes(8, "big"), (features & known).to_bytes(8, "big")
+    return [Write.replace(AUTOCLEAR_FIELD, old, new, "header: clear unknown autoclear bits")]

@@ -1,0 +1,86 @@
+"""The commit engine refuses what is not as planned before it writes a byte; the caller's own errors stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import qcow2bm
+from qcow2bm.errors import BitmapNotFoundError, OutdatedPlanError, UsageError
+from tests.support.qemu import check, qemu_img, qemu_io
+from tests.support.raw import Raw
+from tests.support.scenes import small, three
+from tests.support.states import bitmaps
+
+
+def test_a_plan_made_before_another_was_carried_out_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    """Its free clusters are the other one's data by now, though the file has not grown."""
+    image = three(tmp_path)
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size + (4 << 20))
+    with qcow2bm.open(image, writable=True) as opened:
+        first, second = opened.draft(), opened.draft()
+        first.add("x", all_dirty=True)
+        second.add("y", all_dirty=True)
+        plans = first.plan(), second.plan()
+        opened.commit(plans[0])
+        kept = image.read_bytes()
+        with pytest.raises(OutdatedPlanError):
+            opened.commit(plans[1])
+    assert image.read_bytes() == kept
+    assert "x" in [row[0] for row in bitmaps(image)]
+
+
+def test_a_plan_is_not_carried_out_on_an_image_that_is_open_read_only(tmp_path: Path) -> None:
+    image = small(tmp_path)
+    before = image.read_bytes()
+    with qcow2bm.open(image) as opened:
+        draft = opened.draft()
+        draft.add("new")
+        with pytest.raises(UsageError, match="read-only"):
+            opened.commit(draft.plan())
+    assert image.read_bytes() == before
+
+
+def test_an_error_of_the_callers_own_passes_through_an_edit_as_it_is(tmp_path: Path) -> None:
+    image = small(tmp_path)
+    before = image.read_bytes()
+    with pytest.raises(FileNotFoundError), qcow2bm.open(image, writable=True) as opened, opened.edit():
+        (tmp_path / "nowhere").read_text()
+    assert image.read_bytes() == before
+
+
+def test_what_an_edit_refuses_is_told_to_be_about_the_image(tmp_path: Path) -> None:
+    image = small(tmp_path)
+    with (
+        pytest.raises(BitmapNotFoundError) as caught,
+        qcow2bm.open(image, writable=True) as opened,
+        opened.edit() as edit,
+    ):
+        edit.clear("none")
+    assert caught.value.image == image
+
+
+def test_the_first_bitmap_may_move_the_backing_name_and_grow_the_refcount_table_at_once(tmp_path: Path) -> None:
+    """Both write to the header: the one must know what the other leaves."""
+    qemu_img("create", "-q", "-f", "qcow2", "base.qcow2", "16M", cwd=tmp_path)
+    image = tmp_path / "image.qcow2"
+    options = "cluster_size=512,refcount_bits=64,backing_fmt=qcow2,backing_file=base.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, image.name, "16M", cwd=tmp_path)
+    reach = 64 * 64 * 512  # entries of the table's one cluster, refcounts of a block, bytes of a cluster
+    written = 0
+    while (room := reach - image.stat().st_size - (24 << 10)) > 8 << 10:
+        piece = room // 2 & -4096  # L2 tables cost something too: half of the room is always safe
+        qemu_io(image, f"write -P 9 {written} {piece}")
+        written += piece
+    before = Raw.load(image)
+    with qcow2bm.open(image, writable=True) as opened, opened.edit() as edit:
+        for number in range(40):
+            edit.add(f"b{number}", granularity=512)
+            for offset in range(number * 512, 16 << 20, 2 << 20):
+                edit.set_range(f"b{number}", offset, 512)
+    after = Raw.load(image)
+    assert before.number(48) != after.number(48), "the refcount table has moved"
+    assert before.number(8) != after.number(8), "the backing file name has moved"
+    assert check(image)["returncode"] == 0
