@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import errors
     from .api import Bitmap, Bitmaps, Extent, Image, open, undo, who_holds  # noqa: A004 - the public name
     from .bitmap.edit import Edit, Source
     from .bitmap.store import State
@@ -42,6 +43,7 @@ __all__ = [
     "Qcow2bmError",
     "Source",
     "State",
+    "errors",
     "open",
     "undo",
     "who_holds",
@@ -50,6 +52,8 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Load a public name on first use (PEP 562)."""
+    if name == "errors":
+        return import_module(".errors", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(f".{_HOME[name]}", __name__), name)

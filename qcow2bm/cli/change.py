@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,15 @@ def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> i
         else:
             with ProgressBar(wanted=how.progress) as bar:
                 commit(image, plan, undo=how.undo, progress=bar)
-            _print_result(image, plan, how)
+            try:
+                _print_result(image, plan, how)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"the change is done, but it could not be reported: {error.strerror}"
+                ) from error
     return 0
 
 

@@ -28,7 +28,7 @@ _LONG = [
     *("help", "object=", "image-opts", "add", "remove", "clear", "enable", "disable", "merge="),
     *("granularity=", "source-file=", "source-format="),
 ]
-_SIZE = re.compile(r"\s*\+?(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?|\.\d+)([bkmgtpeBKMGTPE])?)\Z")
+_SIZE = re.compile(r"\s*\+?(?:(0[xX][0-9a-fA-F]+)|(\d+(?:\.\d*)?)([bkmgtpeBKMGTPE])?)\Z")
 _UNITS = "bkmgtpe"
 _MAX_SIZE = (1 << 63) - 1
 
@@ -176,7 +176,15 @@ def _carry_out(request: Request) -> None:
 def _opened(name: str, given_format: str | None, *, writable: bool) -> Iterator[Image]:
     """An open image; what only the real qemu-img can open, repair or explain is left to it."""
     from ..api import open as open_image
-    from ..errors import ImageIOError, InUseError, LockingUnavailableError, NotQcow2Error, Qcow2bmError
+    from ..errors import (
+        ImageIOError,
+        InterruptedChangeError,
+        InUseError,
+        LockingUnavailableError,
+        NotQcow2Error,
+        Qcow2bmError,
+        UndoError,
+    )
 
     failed = f"Could not open '{name}': "
     try:
@@ -188,8 +196,9 @@ def _opened(name: str, given_format: str | None, *, writable: bool) -> Iterator[
         ) from None
     except ImageIOError as error:
         raise _RefusedError(f"{failed}{failed}{error.message}") from None
-    except LockingUnavailableError as error:
-        raise _RefusedError(f"{failed}{error.message}") from None
+    except (LockingUnavailableError, InterruptedChangeError, UndoError) as error:
+        # A change that a crash cut short is ours to settle: QEMU must not write over it.
+        raise _RefusedError(f"{failed}{error.message}; {error.hint}") from None
     except NotQcow2Error:
         if given_format is None:
             raise _ForeignError from None

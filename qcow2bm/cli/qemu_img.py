@@ -7,6 +7,9 @@ this in loops.
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
+
 from .real_qemu_img import hand_over
 
 
@@ -14,6 +17,8 @@ def main(argv: list[str]) -> int:
     """Run `qemu-img` with these arguments; returns the exit status unless the real one takes over."""
     if argv[:1] != ["bitmap"]:
         hand_over(argv)
+    if isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(errors="surrogateescape")  # names in messages byte for byte, as qemu-img has them
     from .qemu_bitmap import run
 
     return run(argv[1:])

@@ -11,9 +11,12 @@ journal goes as soon as the last is done, so that it can never be applied to an 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
+from functools import partial
+from os import SEEK_END
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ..errors import (
     RUN_CHECK,
@@ -113,6 +116,32 @@ def _undo_writer(image: Qcow2Image, plan: Plan, path: Path | None) -> UndoWriter
     return UndoWriter.create(path, image.file, plan.stages, plan.size_after)
 
 
+class _Kept:
+    """Old bytes, to put back if the plan fails: a few MiB in memory, the rest in a temporary file."""
+
+    _IN_MEMORY = 8 << 20
+
+    def __init__(self) -> None:
+        self._held = 0
+        self._spill: IO[bytes] | None = None
+
+    def keep(self, data: bytes) -> Callable[[], bytes]:
+        """How to get `data` back."""
+        if data.count(0) == len(data):
+            return partial(bytes, len(data))
+        self._held += len(data)
+        if self._held <= self._IN_MEMORY:
+            return lambda: data
+        if self._spill is None:
+            from tempfile import TemporaryFile  # rarely needed, and slow to load
+
+            self._spill = TemporaryFile()  # noqa: SIM115 - lives as long as what it keeps
+        spill, place = self._spill, self._spill.seek(0, SEEK_END)
+        spill.write(data)
+        spill.flush()
+        return lambda: os.pread(spill.fileno(), len(data), place)
+
+
 class _Engine:
     """One run of a plan."""
 
@@ -121,7 +150,8 @@ class _Engine:
         self._plan = plan
         self._progress = progress
         self._total = plan.bytes_written
-        self._done: list[list[Write]] = []
+        self._done: list[list[tuple[Write, Callable[[], bytes]]]] = []
+        self._kept = _Kept()
         self._written = 0
         self._journal: UndoWriter | None = None
         self.rolled_back = False
@@ -161,19 +191,28 @@ class _Engine:
             if write.old is not None and self._file.read_at(write.offset, write.length) != write.old:
                 raise OutdatedPlanError(f"the image has changed at {write.offset:#x} since the change was planned")
             # Noted first: a write that fails may have written some of it.
-            self._done[-1].append(write)
+            self._done[-1].append((write, self._kept.keep(self._old(write))))
             self._file.write_at(write.offset, write.read())
             self._written += write.length
             if self._progress is not None:
                 self._progress(self._written, self._total)
 
+    def _old(self, write: Write) -> bytes:
+        """What is where a write goes, free clusters included, as far as the file reached before the plan began."""
+        if write.old is not None:
+            return write.old
+        reached = min(write.end, self._plan.size_before) - write.offset
+        return self._file.read_at(write.offset, reached) if reached > 0 else b""
+
     def _roll_back(self) -> None:
-        """Put back what is in use, newest first, and cut the file to its old length. Free clusters need nothing."""
+        """Put back what was there, newest first, and cut the file to its old length: every byte is as it was."""
         try:
             for writes in reversed(self._done):
-                for write in reversed(writes):
-                    if write.old is not None:
-                        self._file.write_at(write.offset, write.old)
+                for write, old in reversed(writes):
+                    before = old()
+                    # Where nothing was written nothing may be: on a full disk even zeroes do not fit into a hole.
+                    if before and self._file.read_at(write.offset, len(before)) != before:
+                        self._file.write_at(write.offset, before)
                 self._file.barrier()
             if self._file.size > self._plan.size_before:
                 self._file.truncate(self._plan.size_before)

@@ -140,4 +140,4 @@ def _advice(mode: LockMode) -> str:
         return "shut the VM down or wait for the other tool, then try again"
     if mode is LockMode.FORCED_READER:
         return "a change is under way: wait for it to end, then try again"
-    return "shut the VM down, or read a possibly stale state with -U"
+    return "shut the VM down first; commands that only look also read a possibly stale state with -U"

@@ -45,6 +45,7 @@ _FIELDS = Struct(
     "head_crc" / Int32ul,
     "size_before" / Int64ul,
     "size_after" / Int64ul,
+    "mtime_before_ns" / Int64sl,
     "mtime_ns" / Int64sl,
     "records" / Int64ul,
 )
@@ -70,6 +71,7 @@ class _Summary:
     head_crc: int
     size_before: int
     size_after: int
+    mtime_before_ns: int
     mtime_ns: int
     records: int
 
@@ -115,13 +117,14 @@ class UndoWriter:
         Raises:
             UndoError: the file exists already or cannot be written.
         """
-        mode = stat.S_IMODE(os.fstat(image.fd).st_mode) & 0o666
+        status = os.fstat(image.fd)
+        mode = stat.S_IMODE(status.st_mode) & 0o666
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(path, flags, mode)
         except OSError as error:
             raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
-        writer = cls(fd, path, _Summary(State.IN_PROGRESS, 0, image.size, size_after, 0, 0))
+        writer = cls(fd, path, _Summary(State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0))
         try:
             writer._fill(image, stages)
         except OSError as error:
@@ -167,7 +170,7 @@ def _now(image: ImageFile) -> dict[str, int]:
 def _encode(image: ImageFile, stage: int, write: Write) -> bytes:
     reached = max(0, min(write.end, image.size) - write.offset)
     old = image.read_at(write.offset, reached) if write.old is None else write.old
-    stored = old if any(old) else b""
+    stored = old if old.count(0) != len(old) else b""
     fresh = write.old is None
     new = b"" if fresh else bytes(write.read())
     head: bytes = _RECORD.build(
@@ -292,6 +295,8 @@ class UndoFile:
             self._require_unchanged(image, force=force)
         _write_state(self._fd, replace(self._summary, state=State.IN_PROGRESS))
         self._put_back(image)
+        # With the bytes of then goes the time stamp of then, by which an older undo file knows the image.
+        os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
         _write_state(self._fd, replace(self._summary, state=State.UNDONE))
 
     def settle(self, image: ImageFile) -> bool:

@@ -1,15 +1,17 @@
-"""The commit engine refuses what is not as planned before it writes a byte; the caller's own errors stay as they are."""
+"""The commit engine refuses what is not as planned before a byte is written, and puts back every byte when it fails."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 
 import qcow2bm
-from qcow2bm.errors import BitmapNotFoundError, OutdatedPlanError, UsageError
+from qcow2bm.errors import BitmapNotFoundError, ImageIOError, NoSpaceError, OutdatedPlanError, UsageError
 from tests.support.qemu import check, qemu_img, qemu_io
 from tests.support.raw import Raw
+from tests.support.recording import Tape
 from tests.support.scenes import small, three
 from tests.support.states import bitmaps
 
@@ -84,3 +86,35 @@ def test_the_first_bitmap_may_move_the_backing_name_and_grow_the_refcount_table_
     assert before.number(48) != after.number(48), "the refcount table has moved"
     assert before.number(8) != after.number(8), "the backing file name has moved"
     assert check(image)["returncode"] == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_when_any_write_fails_every_byte_is_as_it_was_free_clusters_included(tmp_path: Path, code: int) -> None:
+    """Free clusters hold what was deleted: a file that failed to change is compared by its checksum."""
+    original = tmp_path / "original"
+    original.mkdir()
+    image = three(original)
+    with qcow2bm.open(image, writable=True) as opened, opened.edit() as edit:
+        edit.add("gone", granularity=512)
+        edit.set_range("gone", 0, 4096)
+    with qcow2bm.open(image, writable=True) as opened, opened.edit() as edit:
+        edit.remove("gone")
+    before = image.read_bytes()
+    failures = 0
+    while True:
+        image.write_bytes(before)
+        tape = Tape(fail_at=failures, partial=True, code=code)
+        try:
+            with qcow2bm.open(image, writable=True, open_file=tape.open) as opened, opened.edit() as edit:
+                edit.add("new", granularity=512)
+                edit.set_range("new", 4096, 512)
+        except ImageIOError as error:
+            if "giving clusters back" in str(error):
+                break
+        except NoSpaceError:
+            pass
+        else:
+            break
+        assert image.read_bytes() == before
+        failures += 1
+    assert failures >= 3
