@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 QEMU_TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon", "nbdinfo")
 QEMU_PACKAGES = "qemu-utils qemu-system-common libnbd-bin"
@@ -26,17 +22,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuse to start without QEMU: a comparison that is skipped looks like one that passed."""
-    if hasattr(config, "workerinput") or _only_unit_tests(config.args):
+    if hasattr(config, "workerinput"):
         return
     missing = [tool for tool in QEMU_TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.exit(
             f"The tests compare with the real QEMU, and these programs are missing: {', '.join(missing)}\n"
-            f"On Debian and Ubuntu: sudo apt-get install -y --no-install-recommends {QEMU_PACKAGES}\n"
-            "(`pytest tests/unit` needs none of them.)",
+            f"On Debian and Ubuntu: sudo apt-get install -y --no-install-recommends {QEMU_PACKAGES}",
             returncode=1,
         )
-
-
-def _only_unit_tests(arguments: Iterable[str]) -> bool:
-    return all("tests/unit" in argument for argument in arguments)

@@ -6,7 +6,7 @@ from bitarray import bitarray
 from hypothesis import strategies as st
 
 from qcow2bm.bitmap.bits import BitVector
-from qcow2bm.bitmap.chunks import ONES, ZEROES, Bits, Chunk, Patched, Union
+from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk, Patched, Union
 from qcow2bm.format.bitmap_directory import BitmapEntry, BitmapFlag
 from qcow2bm.format.entries import ALL_ONES, COMPRESSED, COPIED, OFFSET_MASK, ZERO, CompressedDescriptor
 from qcow2bm.format.extensions import BitmapsExtension, CryptoHeaderPointer, Extension, ExtensionType, FeatureName
@@ -148,6 +148,17 @@ def l2_values(geometry: Geometry) -> st.SearchStrategy[int]:
 
 
 # ---- bit vectors ----
+
+
+class Bits:
+    """A chunk whose bits are at hand."""
+
+    def __init__(self, bits: bitarray) -> None:
+        self._bits = bits
+
+    def read(self, start: int, length: int) -> bitarray:
+        """A copy of the bits."""
+        return self._bits[8 * start : 8 * (start + length)]
 
 
 def _chunks(chunk_bytes: int) -> st.SearchStrategy[Chunk]:

@@ -90,9 +90,9 @@ class BitVector:
     # Reading
 
     def read(self, index: int, start: int = 0, length: int | None = None) -> bitarray:
-        """`length` bytes (default.
+        """`length` bytes (default: the rest) of chunk `index` from byte `start` on.
 
-        The rest) of chunk `index` from byte `start` on; bits past the end of the vector are zero.
+        Bits past the end of the vector are zero.
         """
         size = self.chunk_bytes - start if length is None else length
         bits = self.chunks[index].read(start, size)
@@ -105,7 +105,7 @@ class BitVector:
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, Chunk, int]]:
         """The parts of the chunks between bits `start` and `stop`, cut at the end of the vector.
 
-        (first bit, chunk, bits).
+        Each as (first bit, chunk, bits).
         """
         stop = min(stop, self.length)
         while start < stop:
@@ -195,28 +195,32 @@ class BitVector:
         """These bits at another granularity, or in chunks of another size. No set bit is lost.
 
         Args:
-            length: bits of the result.
+            length: bits of the result; those past the end of these bits are zero.
             refine: how many bits one bit becomes; 1 unless the result is finer.
             coarsen: how many bits become one, set if any of them is; 1 unless the result is coarser.
         """
         if refine == coarsen == 1 and (length, chunk_bytes) == (self.length, self.chunk_bytes):
             return self
         result = BitVector.filled(length, chunk_bytes)
+        known = div_up(self.length * refine, coarsen)
         chunks: list[Chunk] = []
         for index in range(len(result.chunks)):
             first = index * result.chunk_bits
             stop = first + result.valid_bits(index)
             covered = (chunk for _, chunk, _ in self.spans(first * coarsen // refine, div_up(stop * coarsen, refine)))
-            constant = uniform(covered)
-            chunks.append(Resampled(self, first, refine, coarsen) if constant is None else constant)
+            constant = uniform(covered) if first < known else ZEROES
+            if constant is None or (constant is ONES and stop > known):
+                chunks.append(Resampled(self, first, refine, coarsen))
+            else:
+                chunks.append(constant)
         return BitVector(length, chunk_bytes, chunks)
 
     # Which chunk to write
 
     def settle(self, index: int, stored: BitVector | None) -> Chunk:
-        """What chunk `index` comes to, from as few bytes as tell it.
+        """What chunk `index` comes to: the chunk of `stored` if equal, ZEROES, ONES, or the chunk itself.
 
-        The chunk of `stored` if equal, ZEROES, ONES, or the chunk.
+        Reads as few bytes as tell it.
         """
         chunk = self.chunks[index]
         old = stored.chunks[index] if stored is not None else None

@@ -39,17 +39,6 @@ ZEROES = Constant(zeros, "ZEROES")
 ONES = Constant(ones, "ONES")
 
 
-class Bits:
-    """A chunk whose bits are at hand."""
-
-    def __init__(self, bits: bitarray) -> None:
-        self._bits = bits
-
-    def read(self, start: int, length: int) -> bitarray:
-        """A copy of the bits."""
-        return self._bits[8 * start : 8 * (start + length)]
-
-
 class Union:
     """The OR of other chunks."""
 

@@ -30,11 +30,12 @@ from ..format.limits import (
     MAX_GRANULARITY_BITS,
     MIN_GRANULARITY_BITS,
 )
+from ..format.text import decode_name, encode_name
 from ..image.image import Qcow2Image
 from ..image.plan import Plan
 from .bits import BitVector
 from .chunks import ONES, ZEROES
-from .store import BitmapDirectory, State, StoredBitmap, decode_name, encode_name, require_ready
+from .store import BitmapDirectory, State, StoredBitmap, not_found, require_ready
 from .write import plan_changes
 
 
@@ -131,13 +132,15 @@ class Edit:
     def names(self, *patterns: str) -> list[str]:
         """The names that match any of the shell-style patterns, in directory order.
 
+        A pattern that is a bitmap's very name means that bitmap alone, whatever else it would match.
+
         Raises:
             BitmapNotFoundError: a pattern matches none.
         """
         names = [decode_name(draft.name) for draft in self.drafts]
         chosen: set[str] = set()
         for pattern in patterns:
-            matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            matching = [pattern] if pattern in names else [name for name in names if fnmatch.fnmatchcase(name, pattern)]
             if not matching:
                 raise BitmapNotFoundError(f"no bitmap matches '{pattern}'")
             chosen.update(matching)
@@ -211,7 +214,12 @@ class Edit:
             self._note(f"{'enable' if recording else 'disable'} '{name}'")
 
     def set_range(self, name: str, offset: int, length: int) -> None:
-        """Mark a guest range dirty: every bit that it touches. Raises UsageError for a range outside the disk."""
+        """Mark a guest range dirty: every bit that it touches.
+
+        Raises:
+            UsageError: the range is empty or begins before the disk.
+            BitmapLimitError: it goes past the end of the disk.
+        """
         self._require_range(offset, length)
         draft = self._usable(name)
         first, stop = offset // draft.granularity, div_up(offset + length, draft.granularity)
@@ -219,7 +227,10 @@ class Edit:
         self._note(f"set {offset}+{length} in '{name}'")
 
     def unset_range(self, name: str, offset: int, length: int) -> None:
-        """Mark a guest range clean: only bits that lie wholly inside it, so that nothing else is called clean."""
+        """Mark a guest range clean: only bits that lie wholly inside it, so that nothing else is called clean.
+
+        Raises as `set_range` does.
+        """
         self._require_range(offset, length)
         draft = self._usable(name)
         end = offset + length
@@ -276,7 +287,7 @@ class Edit:
         for draft in self.drafts:
             if draft.name == wanted:
                 return draft
-        raise BitmapNotFoundError(f"no bitmap is called '{name}'", hint="`qcow2bm list` shows those there are")
+        raise not_found(name)
 
     def _usable(self, name: str) -> Draft:
         draft = self._find(name)
@@ -313,8 +324,10 @@ class Edit:
 
     def _require_range(self, offset: int, length: int) -> None:
         size = self.image.geometry.virtual_size
-        if offset < 0 or length <= 0 or offset + length > size:
-            raise UsageError(f"the range {offset}+{length} is not within the disk of {size} bytes")
+        if offset < 0 or length <= 0:
+            raise UsageError(f"the range {offset}+{length} is empty or begins before the disk")
+        if offset + length > size:
+            raise BitmapLimitError(f"the range {offset}+{length} is not within the disk of {size} bytes")
 
     def _require_new(self, name: str, granularity: int) -> None:
         raw = encode_name(name)

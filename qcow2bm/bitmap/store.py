@@ -23,13 +23,17 @@ from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, par
 from ..format.entries import BitmapTableEntry, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
 from ..format.header import Autoclear
-from ..format.limits import MAX_BITMAP_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAPS
+from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
+from ..format.text import decode_name as decode_name  # noqa: PLC0414 - write.py has it from here
+from ..format.text import encode_name
 from ..image import lock
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image
 from ..image.references import Kind, Reference
 from .bits import BitVector
 from .chunks import ONES, ZEROES, Chunk
+
+_SHARED_TABLE = "its table is another bitmap's"
 
 
 class State(Enum):
@@ -45,16 +49,6 @@ class State(Enum):
     """Its entry or table breaks the format. Remove, if its clusters can be told."""
     DETACHED = "detached"
     """The autoclear bit is off: something that knows no bitmaps wrote to the image. Remove."""
-
-
-def encode_name(name: str) -> bytes:
-    """A bitmap's name as it is stored."""
-    return name.encode("utf-8", "surrogateescape")
-
-
-def decode_name(name: bytes) -> str:
-    """A stored name; bytes that are not UTF-8 become surrogates, so `encode_name` gives them back."""
-    return name.decode("utf-8", "surrogateescape")
 
 
 class StoredChunk:
@@ -76,15 +70,13 @@ class StoredBitmap:
 
     Attributes:
         entry: its bitmap directory entry.
-        place: offset of the entry in the directory.
     """
 
-    def __init__(self, image: Qcow2Image, entry: BitmapEntry, place: int, *, attached: bool, duplicate: bool) -> None:
+    def __init__(self, image: Qcow2Image, entry: BitmapEntry, *, attached: bool, conflict: str | None) -> None:
         self._image = image
         self.entry = entry
-        self.place = place
         self._attached = attached
-        self._duplicate = duplicate
+        self._conflict = conflict
 
     @property
     def name(self) -> str:
@@ -116,8 +108,8 @@ class StoredBitmap:
     @cached_property
     def fault(self) -> str | None:
         """Why the bitmap is broken, or None."""
-        if self._duplicate:
-            return "another bitmap has the same name"
+        if self._conflict is not None:
+            return self._conflict
         fault = next(self.entry.faults(self._image.geometry), None)
         if fault is not None:
             return fault
@@ -147,7 +139,7 @@ class StoredBitmap:
             CorruptImageError: it lies outside the file or is larger than any bitmap's.
         """
         size = self.entry.bitmap_table_size
-        if size > MAX_BITMAP_TABLE_ENTRIES or size * self._image.geometry.cluster_size > MAX_BITMAP_BYTES:
+        if size > self._image.geometry.max_bitmap_table_entries:
             raise CorruptImageError(f"a bitmap table of {size} entries is larger than any bitmap needs")
         return table_entries(self._image.file.read_at(self.entry.bitmap_table_offset, 8 * size))
 
@@ -184,6 +176,8 @@ class StoredBitmap:
     def bytes_on_disk(self) -> int:
         """Bytes of the clusters its table and data take; 0 for what cannot be read."""
         geometry = self._image.geometry
+        if self._conflict == _SHARED_TABLE:
+            return 0
         try:
             data = sum(1 for value in self.table if BitmapTableEntry(value).offset)
         except CorruptImageError:
@@ -194,7 +188,10 @@ class StoredBitmap:
         """The host ranges that the table and its entries name; adjacent data clusters as one."""
         cluster_size = self._image.geometry.cluster_size
         owner = f"the table of bitmap '{self.name}'"
-        yield Reference(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size, Kind.BITMAPS, owner)
+        if self.entry.bitmap_table_size:
+            yield Reference(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size, Kind.BITMAPS, owner)
+        if self._conflict == _SHARED_TABLE:
+            return  # its data are the other's, and walked once
         owner = f"the data of bitmap '{self.name}'"
         try:
             offsets = [offset for value in self.table if (offset := BitmapTableEntry(value).offset)]
@@ -203,10 +200,17 @@ class StoredBitmap:
         start = length = 0
         for offset in offsets:
             if offset != start + length:
-                yield Reference(start, length, Kind.BITMAPS, owner)
+                if length:
+                    yield Reference(start, length, Kind.BITMAPS, owner)
                 start, length = offset, 0
             length += cluster_size
-        yield Reference(start, length, Kind.BITMAPS, owner)
+        if length:
+            yield Reference(start, length, Kind.BITMAPS, owner)
+
+
+def not_found(name: str) -> BitmapNotFoundError:
+    """The error for a name that no bitmap has."""
+    return BitmapNotFoundError(f"no bitmap is called '{name}'", hint="`qcow2bm list` shows those there are")
 
 
 def require_ready(bitmap: StoredBitmap) -> None:
@@ -268,9 +272,14 @@ class BitmapDirectory:
         self.pointer = pointer
         data = image.file.read_at(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         names: set[bytes] = set()
-        for place, entry in parse_directory(data, pointer.nb_bitmaps):
-            yield StoredBitmap(image, entry, place, attached=self.attached, duplicate=entry.name in names)
+        tables: set[int] = set()
+        for _, entry in parse_directory(data, pointer.nb_bitmaps):
+            conflict = "another bitmap has the same name" if entry.name in names else None
+            if entry.bitmap_table_offset in tables:
+                conflict = _SHARED_TABLE
+            yield StoredBitmap(image, entry, attached=self.attached, conflict=conflict)
             names.add(entry.name)
+            tables.add(entry.bitmap_table_offset)
 
     def find(self, name: str) -> StoredBitmap:
         """The bitmap of a name.
@@ -284,7 +293,7 @@ class BitmapDirectory:
             if bitmap.entry.name == wanted:
                 return bitmap
         self.require_undamaged()
-        raise BitmapNotFoundError(f"no bitmap is called '{name}'")
+        raise not_found(name)
 
     def require_undamaged(self) -> None:
         """Raise BitmapBrokenError if the directory as a whole breaks the format."""

@@ -24,21 +24,20 @@ from ..errors import (
 from ..format.bitmap_directory import BitmapEntry, parse_directory
 from ..format.entries import table_entries
 from ..format.extensions import BitmapsExtension, ExtensionArea, ExtensionType
+from ..format.geometry import Geometry
 from ..format.header import MAGIC, Header
 from ..format.layout import Field, bitmap_entry_fields, extension_fields, header_fields, snapshot_fields
 from ..format.limits import (
-    MAX_BITMAP_BYTES,
     MAX_BITMAP_DIRECTORY_BYTES,
     MAX_CLUSTER_BITS,
-    MAX_L1_BYTES,
+    MAX_L1_ENTRIES,
     MAX_REFCOUNT_TABLE_BYTES,
-    MAX_SNAPSHOTS,
     MIN_CLUSTER_BITS,
 )
-from ..format.snapshot_table import MAX_ENTRY_LENGTH, SnapshotEntry, parse_snapshot
+from ..format.snapshot_table import SnapshotEntry, parse_snapshots
+from ..format.text import decode_name
 from ..image import lock
 from ..image.file import ImageFile
-from .store import decode_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,28 +129,28 @@ class RawImage:
         """The bitmap tables."""
         for entry, _ in self._bitmaps():
             title = f"table of bitmap '{decode_name(entry.name)}'"
-            limit = 8 * (MAX_BITMAP_BYTES // self._cluster_size)
+            limit = self._geometry.max_bitmap_table_entries
             yield from self._table(title, entry.bitmap_table_offset, entry.bitmap_table_size, limit)
 
     def snapshots(self) -> Iterator[Part]:
         """The entries of the snapshot table."""
-        for index, (entry, offset) in enumerate(self._snapshots()):
-            name = entry.name.decode("utf-8", "surrogateescape")
-            yield Part(f"snapshot {index} '{name}'", tuple(snapshot_fields(entry, offset)))
+        for index, (offset, entry) in enumerate(self._snapshots()):
+            yield Part(f"snapshot {index} '{decode_name(entry.name)}'", tuple(snapshot_fields(entry, offset)))
 
     def l1(self) -> Iterator[Part]:
         """The active L1 table and those of the snapshots."""
         header = self._header
-        yield from self._table("active L1 table", header.l1_table_offset, header.l1_size, MAX_L1_BYTES)
-        for entry, _ in self._snapshots():
-            title = f"L1 table of snapshot {entry.id.decode('utf-8', 'surrogateescape')}"
-            yield from self._table(title, entry.l1_table_offset, entry.l1_size, MAX_L1_BYTES)
+        yield from self._table("active L1 table", header.l1_table_offset, header.l1_size, MAX_L1_ENTRIES)
+        for _, entry in self._snapshots():
+            title = f"L1 table of snapshot {decode_name(entry.id)}"
+            yield from self._table(title, entry.l1_table_offset, entry.l1_size, MAX_L1_ENTRIES)
 
     def refcount_table(self) -> Iterator[Part]:
         """The refcount table."""
         header = self._header
-        entries = header.refcount_table_clusters * self._cluster_size // 8
-        yield from self._table("refcount table", header.refcount_table_offset, entries, MAX_REFCOUNT_TABLE_BYTES)
+        entries = header.refcount_table_clusters * self._geometry.cluster_size // 8
+        limit = MAX_REFCOUNT_TABLE_BYTES // 8
+        yield from self._table("refcount table", header.refcount_table_offset, entries, limit)
 
     # Where they are
 
@@ -160,15 +159,15 @@ class RawImage:
         return Header.parse(self._head)
 
     @property
-    def _cluster_size(self) -> int:
+    def _geometry(self) -> Geometry:
         bits = self._header.cluster_bits
         if not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
             raise CorruptImageError(f"nothing more can be found: the cluster size is 2^{bits}")
-        return 1 << bits
+        return self._header.geometry
 
     @cached_property
     def _extensions(self) -> ExtensionArea:
-        header, end = self._header, self._cluster_size
+        header, end = self._header, self._geometry.cluster_size
         area = self._head[:end].ljust(end, b"\0")
         limit = header.backing_file_offset if 0 < header.backing_file_offset < end else end
         return ExtensionArea.parse(area, len(header.build()), limit)
@@ -184,20 +183,17 @@ class RawImage:
         for place, entry in parse_directory(data, pointer.nb_bitmaps):
             yield entry, start + place
 
-    def _snapshots(self) -> Iterator[tuple[SnapshotEntry, int]]:
-        """Snapshot table entries with their offsets in the file."""
-        header = self._header
-        if header.nb_snapshots > MAX_SNAPSHOTS:
-            raise CorruptImageError(f"the image says it has {header.nb_snapshots} snapshots, above {MAX_SNAPSHOTS}")
-        at = header.snapshots_offset
-        for _ in range(header.nb_snapshots):
-            entry = parse_snapshot(self._present("the snapshot table", at, MAX_ENTRY_LENGTH, MAX_ENTRY_LENGTH))
-            yield entry, at
-            at += entry.size
+    def _snapshots(self) -> Iterator[tuple[int, SnapshotEntry]]:
+        """Offsets in the file and snapshot table entries."""
+
+        def read(offset: int, length: int) -> bytes:
+            return self._present("the snapshot table", offset, length, length)
+
+        return parse_snapshots(read, self._header.snapshots_offset, self._header.nb_snapshots)
 
     def _table(self, title: str, offset: int, entries: int, limit: int) -> Iterator[Part]:
-        """A table of 64-bit entries: those that are not zero, by their index."""
-        data = self._present(title, offset, 8 * entries, limit)
+        """A table of 64-bit entries, at most `limit`: those that are not zero, by their index."""
+        data = self._present(title, offset, 8 * entries, 8 * limit)
         present = data[: len(data) // 8 * 8]
         used = [(index, value) for index, value in enumerate(table_entries(present)) if value]
         fields = tuple(Field(f"[{index}]", offset + 8 * index, 8, value) for index, value in used)

@@ -14,6 +14,7 @@ from ..errors import Qcow2bmError, naming
 from ..format.extensions import ExtensionType, parse_feature_names
 from ..format.header import COMPRESSION, ENCRYPTION, Autoclear, Compatible, Header, Incompatible
 from ..format.snapshot_table import SnapshotEntry
+from ..format.text import decode_name
 from .failures import BROKEN_BITMAP, worst
 from .options import ForceShareOption, ImageArgument, OutputOption
 from .output import Column, JsonObject, Output, complain, print_json, print_pairs, print_table, warn
@@ -103,8 +104,8 @@ def _features(image: api.Image, header: Header) -> JsonObject:
 
 def _snapshot(entry: SnapshotEntry) -> JsonObject:
     return {
-        "id": entry.id.decode("utf-8", "surrogateescape"),
-        "name": entry.name.decode("utf-8", "surrogateescape"),
+        "id": decode_name(entry.id),
+        "name": decode_name(entry.name),
         "date": datetime.fromtimestamp(entry.date_sec, UTC).isoformat(),
         "vm-state-size": entry.full_vm_state_size,
         "virtual-size": entry.virtual_size,

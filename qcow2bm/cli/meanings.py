@@ -10,6 +10,7 @@ from ..format.entries import ALL_ONES, COPIED, OFFSET_MASK, REFCOUNT_BLOCK_MASK
 from ..format.extensions import Extension
 from ..format.header import COMPRESSION, ENCRYPTION, Autoclear, Compatible, Incompatible
 from ..format.layout import Field
+from ..format.text import decode_name
 from .sizes import human_size
 
 _FLAGS: dict[str, type[IntFlag]] = {
@@ -80,5 +81,5 @@ def _entry(structure: str, value: int) -> str:
 
 def _text(value: bytes) -> str:
     """The value as text where that is what it is."""
-    text = value.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    text = decode_name(value.rstrip(b"\0"))
     return f"'{text}'" if len(value) <= 1024 and text[:64].isprintable() else ""

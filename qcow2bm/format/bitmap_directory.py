@@ -1,8 +1,7 @@
 """Bitmap directory entries: one per bitmap, 8-aligned, one after the other.
 
-Source: qcow2 specification, "Bitmap directory". Extra data and unknown flags are kept as they are. Because every
-entry starts at a multiple of 8, the four flag bytes at +12 never straddle a disk sector: they can be switched in
-place, all or nothing.
+Source: qcow2 specification, "Bitmap directory". Extra data and unknown flags are kept as they are. The directory is
+rewritten in place only where one disk sector holds all that differs, so that it switches all or nothing.
 """
 
 from __future__ import annotations
@@ -11,20 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 
-from construct import Bytes, ConstructError, Int8ub, Int16ub, Int32ub, Int64ub, Struct, this
+from construct import ConstructError, Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError
 from .geometry import Geometry, round_up
 from .limits import (
-    MAX_BITMAP_BYTES,
     MAX_BITMAP_NAME,
-    MAX_BITMAP_TABLE_ENTRIES,
     MAX_GRANULARITY_BITS,
     MIN_GRANULARITY_BITS,
 )
 
-FLAGS_OFFSET = 12
-FLAGS_LENGTH = 4
 DIRTY_TRACKING = 1
 """The one bitmap type the specification knows."""
 
@@ -47,9 +42,6 @@ ENTRY_STRUCT = Struct(
     "extra_data_size" / Int32ub,
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
-
-# The variable part by itself, so that its lengths are known to fit before a byte of it is taken.
-_TAIL = Struct("extra_data" / Bytes(this._.extra), "name" / Bytes(this._.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +87,9 @@ class BitmapEntry:
         return body + (self.padding or bytes(-len(body) % 8))
 
     def faults(self, geometry: Geometry) -> Iterator[str]:
-        """Why QEMU would refuse this entry, and with it the image (`check_dir_entry`, `load_bitmap_data`).
+        """Why QEMU would refuse this entry, and with it the image, one line for each reason.
 
-        One line each.
+        As `check_dir_entry` and `load_bitmap_data` do.
         """
         if self.bitmap_table_offset == 0 or not geometry.is_aligned(self.bitmap_table_offset):
             yield f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's"
@@ -117,7 +109,7 @@ class BitmapEntry:
 
     def _table_faults(self, geometry: Geometry) -> Iterator[str]:
         size = self.bitmap_table_size
-        if not 0 < size <= MAX_BITMAP_TABLE_ENTRIES or size * geometry.cluster_size > MAX_BITMAP_BYTES:
+        if not 0 < size <= geometry.max_bitmap_table_entries:
             yield f"its table has {size} entries"
             return
         needed = geometry.bitmap_table_entries(self.granularity)
@@ -135,18 +127,18 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
         head = ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH])
     except ConstructError:
         raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}") from None
+    name_at = offset + FIXED_LENGTH + head.extra_data_size
     length = FIXED_LENGTH + head.extra_data_size + head.name_size
     end = offset + round_up(length, 8)
     if end > len(data):
         raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}")
-    tail = _TAIL.parse(data[offset + FIXED_LENGTH : end], extra=head.extra_data_size, name=head.name_size)
     return BitmapEntry(
         bitmap_table_offset=head.bitmap_table_offset,
         bitmap_table_size=head.bitmap_table_size,
         flags=BitmapFlag(head.flags),
         granularity_bits=head.granularity_bits,
-        name=bytes(tail.name),
-        extra_data=bytes(tail.extra_data),
+        name=data[name_at : name_at + head.name_size],
+        extra_data=data[offset + FIXED_LENGTH : name_at],
         type=head.type,
         padding=data[offset + length : end],
     )

@@ -28,7 +28,6 @@ REFCOUNT_BLOCK_MASK = 0xFFFF_FFFF_FFFF_FE00
 """Bits 9..63: the host offset in a refcount table entry."""
 ALL_ONES = 1 << 0
 
-L1_RESERVED = ~(OFFSET_MASK | COPIED) & (1 << 64) - 1
 BITMAP_RESERVED = ~(OFFSET_MASK | ALL_ONES) & (1 << 64) - 1
 
 
@@ -73,7 +72,7 @@ class CompressedDescriptor:
     @classmethod
     def parse(cls, entry: int, geometry: Geometry) -> CompressedDescriptor:
         """Decode bits 0..61 of an L2 entry with bit 62 set."""
-        shift = 62 - (geometry.cluster_bits - 8)
+        shift = geometry.compressed_offset_bits
         offset = entry & (1 << shift) - 1
         additional = (entry & COMPRESSED - 1) >> shift
         return cls(offset, (additional + 1) * COMPRESSED_SECTOR - offset % COMPRESSED_SECTOR)
@@ -84,7 +83,7 @@ class CompressedDescriptor:
         Raises:
             CorruptImageError: offset or length do not fit the descriptor of this cluster size.
         """
-        shift = 62 - (geometry.cluster_bits - 8)
+        shift = geometry.compressed_offset_bits
         additional = (self.offset + self.length - 1) // COMPRESSED_SECTOR - self.offset // COMPRESSED_SECTOR
         if self.offset >> shift or additional >> 62 - shift or self.length <= 0:
             raise CorruptImageError("a compressed cluster does not fit its descriptor")

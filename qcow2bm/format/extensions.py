@@ -15,6 +15,7 @@ from construct import Bytes, Const, GreedyRange, Int8ub, Int32ub, Int64ub, Struc
 
 from ..errors import CorruptImageError
 from .geometry import round_up
+from .text import decode_name
 
 _HEAD = struct.Struct(">II")
 HEAD_LENGTH = _HEAD.size
@@ -117,7 +118,7 @@ class ExtensionArea:
     def text(self, kind: ExtensionType) -> str | None:
         """The data of a string extension; bytes that are not UTF-8 as surrogates."""
         extension = self.find(kind)
-        return None if extension is None else extension.data.decode("utf-8", "surrogateescape")
+        return None if extension is None else decode_name(extension.data)
 
 
 BITMAPS_STRUCT = Struct(
@@ -191,19 +192,13 @@ class FeatureName:
     @property
     def name(self) -> str:
         """The name without its zero padding."""
-        return self.raw_name.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return decode_name(self.raw_name.rstrip(b"\0"))
 
 
 def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
     """The rows of a feature name table; a short last row is ignored, as QEMU does."""
     whole = len(data) - len(data) % FEATURE_LENGTH
     return tuple(FeatureName(row.type, row.bit, bytes(row.name)) for row in _FEATURES.parse(data[:whole]))
-
-
-def build_feature_names(rows: tuple[FeatureName, ...]) -> bytes:
-    """The table's bytes."""
-    built: bytes = _FEATURES.build([{"type": row.type, "bit": row.bit, "name": row.raw_name} for row in rows])
-    return built
 
 
 END_MARKER = Const(bytes(HEAD_LENGTH)).build(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .limits import MAX_DEFAULT_GRANULARITY, MIN_DEFAULT_GRANULARITY
+from .limits import MAX_BITMAP_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_DEFAULT_GRANULARITY, MIN_DEFAULT_GRANULARITY
 
 SUBCLUSTERS = 32
 """Subclusters in a cluster of an image with extended L2 entries."""
@@ -68,6 +68,16 @@ class Geometry:
         return 16 if self.extended_l2 else 8
 
     @property
+    def l2_entry_words(self) -> int:
+        """64-bit words of an L2 entry, the first of which is the cluster descriptor."""
+        return self.l2_entry_size // 8
+
+    @property
+    def compressed_offset_bits(self) -> int:
+        """Bits of the host offset in a compressed cluster descriptor; the rest up to bit 61 counts sectors."""
+        return 62 - (self.cluster_bits - 8)
+
+    @property
     def l2_entries(self) -> int:
         """Entries in an L2 table, which is one cluster."""
         return self.cluster_size // self.l2_entry_size
@@ -95,11 +105,6 @@ class Geometry:
         return 1 << self.refcount_order
 
     @property
-    def max_refcount(self) -> int:
-        """The largest refcount that fits."""
-        return (1 << self.refcount_bits) - 1
-
-    @property
     def refcounts_per_block(self) -> int:
         """Refcounts in a refcount block, which is one cluster."""
         return self.cluster_size * 8 // self.refcount_bits
@@ -122,3 +127,8 @@ class Geometry:
     def bitmap_table_entries(self, granularity: int) -> int:
         """Entries of its bitmap table; QEMU loads a bitmap only when its table has exactly this size."""
         return self.clusters(self.bitmap_bytes(granularity))
+
+    @property
+    def max_bitmap_table_entries(self) -> int:
+        """Entries of the largest bitmap table that QEMU takes."""
+        return min(MAX_BITMAP_TABLE_ENTRIES, MAX_BITMAP_BYTES // self.cluster_size)

@@ -17,28 +17,14 @@ from .geometry import Geometry
 from .limits import (
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
-    MAX_L1_BYTES,
+    MAX_L1_ENTRIES,
     MAX_REFCOUNT_ORDER,
     MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
 )
 
 MAGIC = b"QFI\xfb"
-V2_LENGTH = 72
-V3_LENGTH = 104
 MIN_SUBCLUSTER = 512
-
-BACKING_FILE_FIELDS = 8
-"""Offset of backing_file_offset (8 bytes) and backing_file_size (4 bytes)."""
-REFCOUNT_TABLE_FIELDS = 48
-"""Offset of refcount_table_offset (8 bytes) and refcount_table_clusters (4 bytes).
-
-One sector, so they switch together.
-"""
-INCOMPATIBLE_FIELD = 72
-"""Offset of incompatible_features (8 bytes)."""
-AUTOCLEAR_FIELD = 88
-"""Offset of autoclear_features (8 bytes)."""
 
 
 class Incompatible(IntFlag):
@@ -93,6 +79,30 @@ V3_STRUCT = Struct(
     "refcount_order" / Int32ub,
     "header_length" / Int32ub,
 )
+
+V2_LENGTH = V2_STRUCT.sizeof()
+V3_LENGTH = V2_LENGTH + V3_STRUCT.sizeof()
+
+
+def field_offset(name: str) -> int:
+    """Offset of a field in the header, by its name in the specification."""
+    fields = [*V2_STRUCT.subcons, *V3_STRUCT.subcons]
+    index = next(index for index, part in enumerate(fields) if part.name == name)
+    return sum(part.sizeof() for part in fields[:index])
+
+
+BACKING_FILE_FIELDS = field_offset("backing_file_offset")
+"""Offset of backing_file_offset (8 bytes) and backing_file_size (4 bytes)."""
+CLUSTER_BITS_FIELD = field_offset("cluster_bits")
+"""Offset of cluster_bits (4 bytes)."""
+REFCOUNT_TABLE_FIELDS = field_offset("refcount_table_offset")
+"""Offset of refcount_table_offset (8 bytes) and refcount_table_clusters (4 bytes): one sector, they switch together."""
+INCOMPATIBLE_FIELD = field_offset("incompatible_features")
+"""Offset of incompatible_features (8 bytes)."""
+AUTOCLEAR_FIELD = field_offset("autoclear_features")
+"""Offset of autoclear_features (8 bytes)."""
+HEADER_LENGTH_FIELD = field_offset("header_length")
+"""Offset of header_length (4 bytes)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +223,7 @@ class Header:
             raise CorruptImageError("the header does not fit into the first cluster")
         if geometry.extended_l2 and geometry.subcluster_size < MIN_SUBCLUSTER:
             raise CorruptImageError("extended L2 entries need clusters of at least 16 KiB")
-        if self.size > 1 << 63 or self.l1_size * 8 > MAX_L1_BYTES or geometry.l1_entries * 8 > MAX_L1_BYTES:
+        if self.size > 1 << 63 or max(self.l1_size, geometry.l1_entries) > MAX_L1_ENTRIES:
             raise CorruptImageError("the virtual size needs an L1 table above 32 MiB")
         if self.l1_size < geometry.l1_entries:
             raise CorruptImageError(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 from .bitmap_directory import ENTRY_STRUCT as BITMAP_STRUCT
 from .bitmap_directory import BitmapEntry
 from .extensions import BITMAPS_STRUCT, CRYPTO_STRUCT, HEAD_LENGTH, Extension, ExtensionType
-from .header import V2_LENGTH, V2_STRUCT, V3_LENGTH, V3_STRUCT
+from .header import HEADER_LENGTH_FIELD, V2_LENGTH, V2_STRUCT, V3_LENGTH, V3_STRUCT
 from .snapshot_table import ENTRY_STRUCT as SNAPSHOT_STRUCT
 from .snapshot_table import SnapshotEntry
 
@@ -54,7 +54,7 @@ def header_fields(data: bytes) -> Iterator[Field]:
     if int.from_bytes(data[4:8], "big") < 3:
         return
     yield from _walk(V3_STRUCT, data[V2_LENGTH:], V2_LENGTH)
-    end = int.from_bytes(data[V3_LENGTH - 4 : V3_LENGTH], "big")
+    end = int.from_bytes(data[HEADER_LENGTH_FIELD:][:4], "big")
     additional = data[V3_LENGTH:end] if V3_LENGTH < end <= len(data) else b""
     if additional:
         yield Field("compression_type", V3_LENGTH, 1, additional[0])

@@ -6,14 +6,14 @@ Source: qcow2 specification, "Snapshots". Only what an entry says is here; the L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from construct import Bytes, ConstructError, Int16ub, Int32ub, Int64ub, Struct, this
+from construct import ConstructError, Int16ub, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError
 from .geometry import round_up
-from .limits import MAX_SNAPSHOT_EXTRA_DATA
+from .limits import MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS
 
 ENTRY_STRUCT = Struct(
     "l1_table_offset" / Int64ub,
@@ -28,8 +28,6 @@ ENTRY_STRUCT = Struct(
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
 MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_SNAPSHOT_EXTRA_DATA + 2 * 0xFFFF, 8)
-
-_TAIL = Struct("extra_data" / Bytes(this._.extra), "id" / Bytes(this._.id), "name" / Bytes(this._.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +78,43 @@ def parse_snapshot(data: bytes, offset: int = 0) -> SnapshotEntry:
     """
     try:
         head = dict(ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH]))
-        extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
-        del head["_io"]
-        if extra > MAX_SNAPSHOT_EXTRA_DATA:
-            raise CorruptImageError(f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}")
-        length = FIXED_LENGTH + extra + id_size + name_size
-        tail = _TAIL.parse(data[offset + FIXED_LENGTH : offset + length], extra=extra, id=id_size, name=name_size)
     except ConstructError:
         raise CorruptImageError(f"the snapshot table ends within its entry at {offset:#x}") from None
-    padding = data[offset + length : offset + round_up(length, 8)]
+    extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
+    del head["_io"]
+    if extra > MAX_SNAPSHOT_EXTRA_DATA:
+        raise CorruptImageError(f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}")
+    id_at = offset + FIXED_LENGTH + extra
+    name_at = id_at + id_size
+    end = name_at + name_size
+    if end > len(data):
+        raise CorruptImageError(f"the snapshot table ends within its entry at {offset:#x}")
     return SnapshotEntry(
-        **head, extra_data=bytes(tail.extra_data), id=bytes(tail.id), name=bytes(tail.name), padding=padding
+        **head,
+        extra_data=data[offset + FIXED_LENGTH : id_at],
+        id=data[id_at:name_at],
+        name=data[name_at:end],
+        padding=data[end : end + -(end - offset) % 8],
     )
 
 
-def parse_snapshots(data: bytes, count: int) -> Iterator[SnapshotEntry]:
-    """The first `count` entries of a table; raises as `parse_snapshot` does."""
-    offset = 0
+def parse_snapshots(read: Callable[[int, int], bytes], offset: int, count: int) -> Iterator[tuple[int, SnapshotEntry]]:
+    """The `count` entries of the table at `offset`, each with its offset in the file.
+
+    Args:
+        read: reads from an offset on up to a number of bytes, fewer at the end of the file.
+
+    Raises:
+        CorruptImageError: as `parse_snapshot`, or the table is larger than QEMU's limits.
+    """
+    if count > MAX_SNAPSHOTS:
+        raise CorruptImageError(f"the image says it has {count} snapshots, above {MAX_SNAPSHOTS}")
+    window, base, at = b"", offset, offset
     for _ in range(count):
-        entry = parse_snapshot(data, offset)
-        yield entry
-        offset += entry.size
+        if at - offset > MAX_SNAPSHOT_TABLE_BYTES:
+            raise CorruptImageError("the snapshot table is above 64 MiB")
+        if len(window) - (at - base) < MAX_ENTRY_LENGTH:
+            window, base = read(at, 4 * MAX_ENTRY_LENGTH), at
+        entry = parse_snapshot(window, at - base)
+        yield at, entry
+        at += entry.size

@@ -24,14 +24,14 @@ def host_clusters(table: bytes, geometry: Geometry) -> tuple[Clusters, Clusters]
 
     Shape: one element per entry, extended or not. Matches `L2Entry.host_range` of an image without data file.
     """
-    values = np.frombuffer(table, ">u8")[:: geometry.l2_entry_size // 8].astype(np.uint64)
+    values = np.frombuffer(table, ">u8")[:: geometry.l2_entry_words].astype(np.uint64)
     offsets = (values & np.uint64(OFFSET_MASK)).astype(np.int64)
     first = offsets >> geometry.cluster_bits
     # An unaligned offset reaches into a second cluster; 0 is no cluster.
     last = np.where(offsets > 0, (offsets + geometry.cluster_size - 1) >> geometry.cluster_bits, -1)
     compressed = np.flatnonzero(values & np.uint64(COMPRESSED))
     if compressed.size:
-        shift = 62 - (geometry.cluster_bits - 8)
+        shift = geometry.compressed_offset_bits
         chosen = values[compressed]
         start = (chosen & np.uint64((1 << shift) - 1)).astype(np.int64)
         sectors = ((chosen & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)).astype(np.int64) + 1
@@ -58,7 +58,7 @@ class ClusterFilter:
 
     def may_hit(self, table: bytes, geometry: Geometry) -> bool:
         """False if no entry of one or more L2 tables refers to a wanted cluster: a quick test that most tables pass."""
-        values = np.frombuffer(table, ">u8")[:: geometry.l2_entry_size // 8].astype(np.uint64)
+        values = np.frombuffer(table, ">u8")[:: geometry.l2_entry_words].astype(np.uint64)
         every = int(np.bitwise_or.reduce(values, initial=0))
         if every & COMPRESSED or every & OFFSET_MASK & (geometry.cluster_size - 1):
             return True  # entries that reach into more than one cluster

@@ -23,12 +23,6 @@ _A_DIRECTORY = "is a directory, not a qcow2 image"
 
 _BLKROGET = 0x125E
 
-_SLACK = 1 << MAX_CLUSTER_BITS
-"""A structure may end in a cluster that the file holds only in part.
-
-QEMU reads zeroes there, and so do we, up to one cluster.
-"""
-
 
 class ImageFile:
     """An open image file. Use `ImageFile.open`; offsets and lengths are in bytes.
@@ -37,6 +31,8 @@ class ImageFile:
         fd: the file descriptor, which also carries the locks.
         size: length of the file or device; follows writes and truncation.
         is_device: True for a block device, whose size is fixed.
+        slack: bytes past the end of the file that read as zeroes, because a structure may end in a cluster that the
+            file holds only in part: one cluster of this image, the largest there is until the header is read.
     """
 
     def __init__(self, fd: int, path: Path, *, writable: bool, size: int, is_device: bool) -> None:
@@ -45,6 +41,7 @@ class ImageFile:
         self.writable = writable
         self.size = size
         self.is_device = is_device
+        self.slack = 1 << MAX_CLUSTER_BITS
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> Self:
@@ -89,12 +86,12 @@ class ImageFile:
             self.fd = -1
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`; what lies less than a cluster past the end of the file is zeroes.
+        """Exactly `length` bytes from `offset`; what lies up to `slack` bytes past the end of the file is zeroes.
 
         Raises:
             TruncatedImageError: the range lies outside the file. Nothing is allocated on the word of such a range.
         """
-        if length and (offset >= self.size or offset + length > self.size + _SLACK):
+        if length and (offset >= self.size or offset + length > self.size + self.slack):
             raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
         data = os.pread(self.fd, length, offset)
         if len(data) == length:
@@ -129,7 +126,7 @@ class ImageFile:
     def barrier(self) -> None:
         """Everything written so far reaches the disk before anything written later.
 
-        fdatasync, which covers the file size.
+        By fdatasync, which covers the file size.
 
         Raises:
             FlushError: what is on the disk is then unknown: nothing more may be written.

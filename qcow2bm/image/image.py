@@ -6,14 +6,13 @@ Opening reads the first cluster and nothing else; nothing the image names (backi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..errors import (
-    CorruptImageError,
     InterruptedChangeError,
     LockingUnavailableError,
     TruncatedImageError,
@@ -23,15 +22,14 @@ from ..errors import (
 )
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea, ExtensionType
 from ..format.geometry import Geometry
-from ..format.header import MAGIC, Header, Incompatible
-from ..format.limits import MAX_CLUSTER_BITS, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS, MIN_CLUSTER_BITS
-from ..format.snapshot_table import MAX_ENTRY_LENGTH, SnapshotEntry, parse_snapshot
+from ..format.header import CLUSTER_BITS_FIELD, MAGIC, V3_LENGTH, Header, Incompatible
+from ..format.limits import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
+from ..format.snapshot_table import SnapshotEntry, parse_snapshots
+from ..format.text import decode_name
 from . import lock
 from .file import ImageFile
 
 OpenFile = Callable[..., ImageFile]
-
-_FIXED_HEADER = 104
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +127,9 @@ class Qcow2Image:
     def require_writable(self) -> None:
         """Refuse what the specification forbids to write to.
 
-        Raises: UnsupportedImageError: the corrupt bit is set, or the dirty bit, which means that the refcounts are
-            not to be trusted.
+        Raises:
+            UnsupportedImageError: the corrupt bit is set, or the dirty bit, which means that the refcounts are not to
+                be trusted.
         """
         if self.header.incompatible_features & Incompatible.CORRUPT:
             raise UnsupportedImageError(
@@ -154,34 +153,17 @@ class Qcow2Image:
         if not self.header.backing_file_offset:
             return None
         start = self.header.backing_file_offset
-        name = self.head[start : start + self.header.backing_file_size]
-        return name.decode("utf-8", "surrogateescape") or None
+        return decode_name(self.head[start : start + self.header.backing_file_size]) or None
 
     def snapshots(self) -> SnapshotTable:
-        """The internal snapshots.
-
-        Read entry by entry, so that no size in the file is believed before its bytes are there.
+        """The internal snapshots, read entry by entry: no size in the file is believed before its bytes are there.
 
         Raises:
             CorruptImageError: the table breaks the format or QEMU's limits.
         """
-        count, offset = self.header.nb_snapshots, self.header.snapshots_offset
-        if count > MAX_SNAPSHOTS:
-            raise CorruptImageError(f"the image says it has {count} snapshots, above {MAX_SNAPSHOTS}")
-        entries = tuple(self._read_snapshots(count, offset)) if count else ()
+        offset = self.header.snapshots_offset
+        entries = tuple(entry for _, entry in parse_snapshots(self._read_present, offset, self.header.nb_snapshots))
         return SnapshotTable(offset, sum(entry.size for entry in entries), entries)
-
-    def _read_snapshots(self, count: int, offset: int) -> Iterator[SnapshotEntry]:
-        window, base = b"", offset
-        at = offset
-        for _ in range(count):
-            if at - offset > MAX_SNAPSHOT_TABLE_BYTES:
-                raise CorruptImageError("the snapshot table is above 64 MiB")
-            if len(window) - (at - base) < MAX_ENTRY_LENGTH:
-                window, base = self._read_present(at, 4 * MAX_ENTRY_LENGTH), at
-            entry = parse_snapshot(window, at - base)
-            at += entry.size
-            yield entry
 
     def _read_present(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes from `offset`: what the file has of them."""
@@ -227,12 +209,13 @@ def settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
 
 def read_head(file: ImageFile) -> tuple[bytes, Header, ExtensionArea]:
     """The first cluster, and the header and extensions in it; raises as `Qcow2Image.open` does."""
-    start = file.read_at(0, min(_FIXED_HEADER, file.size))
-    cluster_bits = int.from_bytes(start[20:24], "big")
+    start = file.read_at(0, min(V3_LENGTH, file.size))
+    cluster_bits = int.from_bytes(start[CLUSTER_BITS_FIELD:][:4], "big")
     if start[:4] == MAGIC and MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         start = file.read_at(0, min(1 << cluster_bits, file.size))
     header = Header.parse(start)
     header.validate()
+    file.slack = header.geometry.cluster_size
     limit = header.backing_file_offset or header.geometry.cluster_size
     head = start + bytes(header.geometry.cluster_size - len(start))
     return head, header, ExtensionArea.parse(head, len(header.build()), limit)

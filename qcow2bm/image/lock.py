@@ -105,9 +105,9 @@ def has_writer(fd: int) -> bool:
 
 
 def holders(fd: int) -> list[str]:
-    """The processes that hold QEMU's locks on the file, as far as /proc shows them to us.
+    """The processes that hold QEMU's locks on the file, each as "pid 123 (qemu-system-x86)".
 
-    "pid 123 (qemu-system-x86)".
+    Those that /proc shows to us, without this one.
     """
     status = os.fstat(fd)
     place = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "

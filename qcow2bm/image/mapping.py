@@ -10,10 +10,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import CorruptImageError
+from ..errors import RUN_CHECK, CorruptImageError
 from ..format.entries import ClusterKind, L2Entry, l1_offset, table_entries
 from ..format.geometry import SUBCLUSTERS
-from ..format.limits import MAX_L1_BYTES
+from ..format.limits import MAX_L1_ENTRIES
 from .image import Qcow2Image
 
 
@@ -50,9 +50,15 @@ def read_l1(image: Qcow2Image, offset: int | None = None, entries: int | None = 
     count = image.header.l1_size if entries is None else entries
     if not image.geometry.is_aligned(where):
         raise CorruptImageError(f"an L1 table at {where:#x} is not cluster-aligned")
-    if count * 8 > MAX_L1_BYTES:
+    if count > MAX_L1_ENTRIES:
         raise CorruptImageError(f"the L1 table at {where:#x} has {count} entries, which is above 32 MiB")
     return table_entries(image.file.read_at(where, count * 8))
+
+
+def require_l2_aligned(image: Qcow2Image, offset: int) -> None:
+    """Raise CorruptImageError unless an L2 table may lie at `offset`."""
+    if not image.geometry.is_aligned(offset):
+        raise CorruptImageError(f"an L2 table at {offset:#x} is not cluster-aligned", hint=RUN_CHECK)
 
 
 def read_l2(image: Qcow2Image, offset: int) -> bytes:
@@ -61,8 +67,7 @@ def read_l2(image: Qcow2Image, offset: int) -> bytes:
     Raises:
         CorruptImageError: it is not aligned or lies outside the file.
     """
-    if not image.geometry.is_aligned(offset):
-        raise CorruptImageError(f"an L2 table at {offset:#x} is not cluster-aligned")
+    require_l2_aligned(image, offset)
     return image.file.read_at(offset, image.geometry.cluster_size)
 
 
@@ -105,7 +110,7 @@ def _raw_runs(image: Qcow2Image) -> Iterator[Run]:
 def _table_runs(image: Qcow2Image, table: bytes, start: int) -> Iterator[Run]:
     geometry, data_file = image.geometry, image.header.has_data_file
     values = table_entries(table)
-    stride = geometry.l2_entry_size // 8
+    stride = geometry.l2_entry_words
     for index in range(geometry.l2_entries):
         guest = start + index * geometry.cluster_size
         if guest >= geometry.virtual_size:

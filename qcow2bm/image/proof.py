@@ -86,7 +86,7 @@ def _wanted_in(image: Qcow2Image, wanted: dict[int, int], offset: int, length: i
 
 def _scan(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]) -> Iterator[tuple[int, str]]:
     geometry = image.geometry
-    stride = geometry.l2_entry_size // 8
+    stride = geometry.l2_entry_words
     for offset, l1_index in tables.items():
         if image.file.is_hole(offset, geometry.cluster_size):
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from itertools import count
 
 from bitarray.util import intervals
 
@@ -28,6 +29,9 @@ from ..format.header import REFCOUNT_TABLE_FIELDS
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from .image import Qcow2Image
 from .plan import SECTOR, Write
+
+_FULL_BLOCKS = 1 << 16
+"""Offsets of refcount blocks without a free cluster that a search remembers: many entries may name one block."""
 
 
 class Refcounts:
@@ -63,9 +67,10 @@ class Refcounts:
         return offset
 
     def read_block(self, index: int) -> bytes | None:
-        """The bytes of refcount block `index`, not kept.
+        """The bytes of refcount block `index`, or None if there is none; they are not kept.
 
-        None if there is none. Raises as `block_offset` and for one outside the file.
+        Raises:
+            CorruptImageError: the refcount table entry is not aligned, or the block lies outside the file.
         """
         offset = self.block_offset(index)
         return self._image.file.read_at(offset, self._image.geometry.cluster_size) if offset else None
@@ -79,17 +84,23 @@ class Refcounts:
         return get_refcount(block, within, self._image.header.refcount_order) if block else 0
 
     def free_runs(self) -> Iterator[tuple[int, int]]:
-        """Runs (first cluster, clusters) whose refcount is 0, from the lowest on.
+        """Runs (first cluster, clusters) whose refcount is 0, from the lowest on, without end.
 
-        Each within one refcount block's range, without end.
+        Each lies within the range of one refcount block.
         """
         per_block = self._image.geometry.refcounts_per_block
-        index = 0
-        while True:
-            block = self.read_block(index) if index < len(self.table) else None
-            for start, stop in _zero_intervals(block, self._image.header.refcount_order, per_block):
+        full: set[int] = set()
+        for index in count():
+            offset = self.block_offset(index)
+            if offset in full:
+                continue
+            runs = _zero_intervals(self.read_block(index), self._image.header.refcount_order, per_block)
+            found = False
+            for start, stop in runs:
+                found = True
                 yield index * per_block + start, stop - start
-            index += 1
+            if not found and len(full) < _FULL_BLOCKS:
+                full.add(offset)
 
 
 def _zero_intervals(block: bytes | None, order: int, count: int) -> Iterator[tuple[int, int]]:

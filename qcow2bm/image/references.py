@@ -11,9 +11,10 @@ from enum import Enum
 
 from ..errors import RUN_CHECK, CorruptImageError
 from ..format.entries import l1_offset, refcount_block_offset
-from ..format.limits import MAX_L1_BYTES
+from ..format.limits import MAX_L1_ENTRIES
+from ..format.text import decode_name
 from .image import Qcow2Image
-from .mapping import read_l1
+from .mapping import read_l1, require_l2_aligned
 from .refcounts import Refcounts
 
 
@@ -61,26 +62,31 @@ def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Refere
     Args:
         tables: is filled with the offset of each L2 table and the index of the first L1 entry that names it.
 
-    Raises: CorruptImageError: an L1 table or the snapshot table cannot be read, or names an L2 table that is not
-        cluster-aligned.
+    Raises:
+        CorruptImageError: an L1 table or the snapshot table cannot be read, or names an L2 table that is not
+            cluster-aligned.
     """
     header = image.header
     roots = [(header.l1_table_offset, header.l1_size, "the active L1 table")]
     snapshots = image.snapshots()
     yield Reference(snapshots.offset, snapshots.length, Kind.SNAPSHOT_TABLE, "the snapshot table")
     for entry in snapshots.entries:
-        owner = f"the L1 table of snapshot {entry.id.decode('utf-8', 'replace')}"
+        owner = f"the L1 table of snapshot {decode_name(entry.id)}"
         roots.append((entry.l1_table_offset, entry.l1_size, owner))
-    if sum(size for _, size, _ in roots) * 8 > image.file.size + MAX_L1_BYTES:
+    if sum(size for _, size, _ in roots) > image.file.size // 8 + MAX_L1_ENTRIES:
         raise CorruptImageError("the L1 tables together are larger than the file", hint=RUN_CHECK)
+    walked: set[tuple[int, int]] = set()
     for offset, size, owner in roots:
         yield Reference(offset, size * 8, Kind.L1_TABLES, owner)
+        # A table is walked once, and a hole not at all: any number of snapshots may name one.
+        if (offset, size) in walked or image.file.is_hole(offset, size * 8):
+            continue
+        walked.add((offset, size))
         l1_table = read_l1(image, offset, size)
         for index, value in enumerate(l1_table if any(l1_table) else ()):
             table = l1_offset(value) if value else 0
             if not table:
                 continue
-            if not image.geometry.is_aligned(table):
-                raise CorruptImageError(f"an L2 table at {table:#x} is not cluster-aligned", hint=RUN_CHECK)
+            require_l2_aligned(image, table)
             tables.setdefault(table, index)
             yield Reference(table, image.geometry.cluster_size, Kind.L2_TABLES, f"an L2 table ({owner}, index {index})")

@@ -32,7 +32,8 @@ def usage(image: Qcow2Image, others: Iterable[Reference]) -> dict[Kind, int]:
             seen.add((reference.kind, reference.offset))
             taken[reference.kind] += geometry.clusters(reference.length)
     used = 0
-    for index in range(len(refcounts.table)):
+    blocks = {refcounts.block_offset(index): index for index in range(len(refcounts.table))}
+    for index in blocks.values():  # each block once, however many entries name it
         block = refcounts.read_block(index)
         if block is not None:
             used += used_clusters(block, geometry.refcount_order).count()

@@ -194,8 +194,8 @@ REFUSALS = {
     "empty name": (64, "this one has 0", ["add", "{}", ""]),
     "missing bitmap": (1, "no bitmap is called 'sun'", ["clear", "{}", "sun"]),
     "missing source": (1, "no bitmap is called 'sun'", ["merge", "{}", "mon", "sun"]),
-    "range past the end": (64, "is not within the disk", ["set", "{}", "mon", "--range", "1G+1"]),
-    "empty range": (64, "is not within the disk", ["set", "{}", "mon", "--range", "0+0"]),
+    "range past the end": (1, "is not within the disk", ["set", "{}", "mon", "--range", "1G+1"]),
+    "empty range": (64, "is empty or begins before the disk", ["set", "{}", "mon", "--range", "0+0"]),
     "no bitmap matches": (1, "no bitmap matches 'x*'", ["remove", "{}", "--match", "x*"]),
 }
 

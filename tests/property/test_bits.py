@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2bm.bitmap.bits import BitVector
-from qcow2bm.bitmap.chunks import ONES, ZEROES, Bits
+from qcow2bm.bitmap.chunks import ONES, ZEROES
 from qcow2bm.bitmap.granularity import coarsen, refine
-from tests.strategies import bit_vectors
+from tests.strategies import Bits, bit_vectors
 
 
 def members(vector: BitVector) -> set[int]:
@@ -170,6 +170,25 @@ def test_a_finer_vector_says_the_same_up_to_the_end_of_the_disk(
     wanted = {bit * ratio + part for bit in from_chunks(vector) for part in range(ratio)}
     assert members(fine) == {bit for bit in wanted if bit < length}
     _reads_alike_in_parts(fine, data)
+
+
+@given(bit_vectors(), ratios, st.booleans(), st.integers(0, 300), st.data())
+def test_another_length_cuts_bits_off_or_adds_zeroes(
+    vector: BitVector, ratio: int, finer: bool, length: int, data: st.DataObject
+) -> None:
+    chunk_bytes = data.draw(st.sampled_from([1, 2, 4, 8]))
+    other = vector.resampled(length, chunk_bytes, *((ratio, 1) if finer else (1, ratio)))
+    truth = from_chunks(vector)
+    wanted = {bit for bit in range(length) if bit // ratio in truth} if finer else {bit // ratio for bit in truth}
+    assert members(other) == from_chunks(other) == {bit for bit in wanted if bit < length}
+    _reads_alike_in_parts(other, data)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4, 16, 64])
+def test_ones_end_where_the_source_ends(chunk_bytes: int) -> None:
+    longer = BitVector.filled(100, chunk_bytes, ONES).resampled(200, chunk_bytes, 1, 1)
+    assert (longer.count(), list(longer.runs())) == (100, [(0, 100)])
+    assert all(chunk is ZEROES for chunk in longer.chunks[-(-100 // longer.chunk_bits) :])
 
 
 @given(bit_vectors(), st.sampled_from([1, 2, 4, 8, 16]))

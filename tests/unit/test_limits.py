@@ -157,13 +157,28 @@ def test_a_source_of_another_size_is_refused(tmp_path: Path) -> None:
         refused(image, lambda edit: edit.copy(source, "x"), BitmapSizeMismatchError, "16777216")
 
 
-@pytest.mark.parametrize(
-    ("offset", "length"), [(-1, 10), (0, 0), (0, -1), (0, 4 * MIB + 1), (4 * MIB, 1), (1 << 70, 1)]
-)
+@pytest.mark.parametrize(("offset", "length"), [(-1, 10), (0, 0), (0, -1)])
+def test_a_range_has_a_byte_and_begins_on_the_disk(tmp_path: Path, offset: int, length: int) -> None:
+    image = one(tmp_path)
+    refused(image, lambda edit: edit.set_range("a", offset, length), UsageError, "is empty or begins before")
+    refused(image, lambda edit: edit.unset_range("a", offset, length), UsageError, "is empty or begins before")
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 4 * MIB + 1), (4 * MIB, 1), (1 << 70, 1)])
 def test_a_range_lies_within_the_disk(tmp_path: Path, offset: int, length: int) -> None:
     image = one(tmp_path)
-    refused(image, lambda edit: edit.set_range("a", offset, length), UsageError, "not within the disk")
-    refused(image, lambda edit: edit.unset_range("a", offset, length), UsageError, "not within the disk")
+    refused(image, lambda edit: edit.set_range("a", offset, length), BitmapLimitError, "not within the disk")
+    refused(image, lambda edit: edit.unset_range("a", offset, length), BitmapLimitError, "not within the disk")
+
+
+def test_an_exact_name_wins_over_its_reading_as_a_pattern(tmp_path: Path) -> None:
+    image = one(tmp_path)
+    done(image, lambda edit: [edit.add(name) for name in ("a[1]", "a1")])
+    with qcow2bm.open(image, writable=True) as opened:
+        draft = opened.draft()
+        assert draft.names("a[1]") == ["a[1]"]
+        assert draft.names("a[0-9]") == ["a1"]
+        assert draft.names("a*") == ["a", "a[1]", "a1"]
 
 
 # ---- number ----

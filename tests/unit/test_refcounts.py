@@ -12,7 +12,7 @@ import pytest
 
 import qcow2bm
 from qcow2bm import Edit
-from qcow2bm.errors import ImageIOError, NoSpaceError, ProofError
+from qcow2bm.errors import ImageIOError, NoSpaceError, ProofError, TruncatedImageError
 from qcow2bm.image.image import Qcow2Image
 from qcow2bm.image.refcounts import Allocator, Refcounts
 from tests.support.qemu import check, qemu_img
@@ -55,6 +55,30 @@ def holes(used: int) -> list[int]:
 
 
 # ---- where ----
+
+
+def test_a_full_block_that_many_entries_name_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tiny(tmp_path)
+    raw = Raw.load(image)
+    for cluster in range(PER_BLOCK):
+        raw.set_refcount(cluster * CLUSTER, 1)
+    table, entries = raw.number(48, 8), raw.number(56, 4) * CLUSTER // 8
+    raw.data[table : table + 8 * entries] = raw.data[table : table + 8] * entries
+    raw.save(image)
+    with Qcow2Image.open(image) as opened:
+        refcounts, read = Refcounts(opened), []
+        read_block = refcounts.read_block
+        monkeypatch.setattr(refcounts, "read_block", lambda index: (read.append(index), read_block(index))[1])
+        assert next(refcounts.free_runs()) == (entries * PER_BLOCK, PER_BLOCK)
+        assert read == [0, entries]
+
+
+def test_past_the_end_of_the_file_one_cluster_of_the_image_reads_as_zeroes(tmp_path: Path) -> None:
+    with Qcow2Image.open(tiny(tmp_path)) as opened:
+        file = opened.file
+        assert file.read_at(file.size - 1, 1 + CLUSTER)[1:] == bytes(CLUSTER)
+        with pytest.raises(TruncatedImageError):
+            file.read_at(file.size - 1, 2 + CLUSTER)
 
 
 def test_single_clusters_go_into_the_lowest_holes(allocator: tuple[Allocator, int]) -> None:
