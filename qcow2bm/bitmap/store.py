@@ -24,8 +24,7 @@ from ..format.entries import BitmapTableEntry, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
 from ..format.header import Autoclear
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
-from ..format.text import decode_name as decode_name  # noqa: PLC0414 - write.py has it from here
-from ..format.text import encode_name
+from ..format.text import decode_name, encode_name
 from ..image import lock
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image

@@ -19,6 +19,7 @@ from ..format.bitmap_directory import BitmapEntry, BitmapFlag
 from ..format.entries import ALL_ONES, BitmapTableEntry, table_bytes
 from ..format.extensions import BitmapsExtension
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES
+from ..format.text import decode_name
 from ..image.change import Change, no_change
 from ..image.header_draft import HeaderDraft
 from ..image.image import Qcow2Image
@@ -26,7 +27,7 @@ from ..image.plan import Plan, Stage, Switch, Write, fits_a_sector
 from . import header_area
 from .bits import BitVector
 from .chunks import ONES, ZEROES
-from .store import BitmapDirectory, StoredBitmap, decode_name
+from .store import BitmapDirectory, StoredBitmap
 
 
 class Wanted(Protocol):

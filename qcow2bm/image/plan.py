@@ -19,9 +19,10 @@ Data = bytes | Callable[[], bytes | memoryview]
 class Write:
     """`length` bytes at `offset`.
 
-    Attributes: data: the bytes, or how to make them when they are written: bulk data is never held for a whole
-        plan. old: what is there now, checked before it is overwritten. None for a cluster that is free: its content
-        means nothing.
+    Attributes:
+        data: the bytes, or how to make them when they are written: bulk data is never held for a whole plan.
+        old: what is there now, checked before it is overwritten. None for a cluster that is free: its content means
+            nothing.
     """
 
     offset: int

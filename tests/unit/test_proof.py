@@ -11,13 +11,15 @@ import pytest
 
 import qcow2bm
 from qcow2bm import Edit
+from qcow2bm.bitmap.store import BitmapDirectory
 from qcow2bm.errors import ProofError, Qcow2bmError
 from qcow2bm.image import proof
+from qcow2bm.image.image import Qcow2Image
 from tests.support.images import unpack
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import BITMAPS, OFFSET, Raw
 from tests.support.recording import Tape
-from tests.support.scenes import add_data, fixture, remove_all, small, three
+from tests.support.scenes import add_data, fixture, one, remove_all, small, three
 
 COPIED = 1 << 63
 
@@ -290,3 +292,10 @@ def test_guest_clusters_in_a_data_file_are_not_taken_for_ours(tmp_path: Path) ->
     with qcow2bm.open(image, writable=True) as opened, opened.edit() as edit:
         edit.remove("daily")
     assert "daily" not in Raw.load(image).tables()
+
+
+def test_a_bitmap_without_data_names_no_empty_range(tmp_path: Path) -> None:
+    with Qcow2Image.open(one(tmp_path)) as image:
+        references = list(BitmapDirectory(image).references())
+        assert references
+        assert all(reference.offset and reference.length for reference in references)
