@@ -135,11 +135,16 @@ class _Kept:
         if self._spill is None:
             from tempfile import TemporaryFile  # rarely needed, and slow to load
 
-            self._spill = TemporaryFile()  # noqa: SIM115 - lives as long as what it keeps
+            self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
         spill, place = self._spill, self._spill.seek(0, SEEK_END)
         spill.write(data)
         spill.flush()
         return lambda: os.pread(spill.fileno(), len(data), place)
+
+    def close(self) -> None:
+        """Forget everything."""
+        if self._spill is not None:
+            self._spill.close()
 
 
 class _Engine:
@@ -157,6 +162,12 @@ class _Engine:
         self.rolled_back = False
 
     def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            self._kept.close()
+
+    def _run(self) -> None:
         for number, stage in enumerate(self._plan.stages):
             self._done.append([])
             try:
