@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from benchmarks.measure import CommandFailedError, Comparison, Side, compare
 from benchmarks.report import circumstances, rewrite, row, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -28,9 +29,7 @@ def main() -> int:
     options.workdir.mkdir(parents=True, exist_ok=True)
     results = []
     try:
-        for case in chosen:
-            print(f"{case.name}: crafting the image, then {options.runs or case.runs} runs of each", file=sys.stderr)
-            comparison = measure(case, options.workdir, options.runs or case.runs)
+        for case, comparison in measure(chosen, options.workdir, options.runs):
             results.append((case, comparison))
             print(row(case, comparison), file=sys.stderr)
     except CommandFailedError as error:
@@ -55,18 +54,31 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(case: Case, workdir: Path, runs: int) -> Comparison:
-    """Craft the image, run both sides on copies of their own, and take everything away again."""
-    original, ours, theirs = (workdir / f"{case.name}-{which}.qcow2" for which in ("original", "ours", "theirs"))
+def measure(cases: Iterable[Case], workdir: Path, runs: int | None) -> Iterator[tuple[Case, Comparison]]:
+    """Craft each image once for the neighbouring cases that share it, and take it away again."""
+    for craft, sharing in groupby(cases, lambda case: case.craft):
+        original = workdir / "original.qcow2"
+        try:
+            print("crafting an image", file=sys.stderr)
+            craft(original)
+            for case in sharing:
+                print(f"{case.name}: {runs or case.runs} runs of each", file=sys.stderr)
+                yield case, measure_case(case, original, runs or case.runs)
+        finally:
+            original.unlink(missing_ok=True)
+
+
+def measure_case(case: Case, original: Path, runs: int) -> Comparison:
+    """Run both sides on copies of their own, and take these away again."""
+    ours, theirs = (original.with_name(f"{case.name}-{which}.qcow2") for which in ("ours", "theirs"))
     try:
-        case.craft(original)
         return compare(
             side(our_program(), case.ours, original, ours, fresh=case.fresh_copy),
             side(["qemu-img"], case.theirs, original, theirs, fresh=case.fresh_copy),
             runs,
         )
     finally:
-        for path in (original, ours, theirs):
+        for path in (ours, theirs):
             path.unlink(missing_ok=True)
 
 

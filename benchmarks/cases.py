@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from benchmarks.craft import GIB, KIB, MIB, TIB, BitmapSpec, bitmap_image
+from benchmarks.craft import GIB, KIB, MIB, TIB, BitmapSpec, bitmap_image, full_image
 from benchmarks.patterns import Scattered
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ DATABASE = Scattered(0.001)  # nearly every cluster of such a bitmap holds some 
 
 @dataclass(frozen=True)
 class Case:
-    """One row. Commands are words after the program's name; several are taken in turn, one for each run."""
+    """One row. Commands are words after the program's name; several are taken in turn, one for each run.
+
+    Neighbours with the same `craft` share one image.
+    """
 
     name: str
     title: str
@@ -37,6 +41,7 @@ def tiny(path: Path) -> None:
     bitmap_image(path, 1 * GIB, [BitmapSpec("b0", 64 * KIB, DATABASE)])
 
 
+@cache  # the same function for the same number: rows can share its image
 def large(bitmaps: int) -> Callable[[Path], None]:
     """64 TiB with so many bitmaps of 128 MiB each, called b0, b1 ..."""
 
@@ -44,6 +49,67 @@ def large(bitmaps: int) -> Callable[[Path], None]:
         bitmap_image(path, 64 * TIB, [BitmapSpec(f"b{number}", 64 * KIB, DATABASE) for number in range(bitmaps)])
 
     return craft
+
+
+def tiny_full(path: Path) -> None:
+    """A check's tiny image: two L2 tables, so that it has something to look at."""
+    full_image(path, 1 * GIB)
+
+
+def random_clusters(path: Path) -> None:
+    """Neighbours on the disk lie far apart in the file: each L2 entry leads to another refcount block."""
+    full_image(path, 64 * GIB, layout="shuffled")
+
+
+# The others map 16.8 million clusters each. A check reads no data, so there is none in the files.
+
+
+def full(path: Path) -> None:
+    """One L1 table over 2048 L2 tables."""
+    full_image(path, 1 * TIB)
+
+
+def extended_l2(path: Path) -> None:
+    """The same clusters in twice the L2 tables."""
+    full_image(path, 1 * TIB, extended_l2=True)
+
+
+def snapshots(path: Path) -> None:
+    """Eleven L1 tables over the same L2 tables."""
+    full_image(path, 1 * TIB, snapshots=10)
+
+
+def small_clusters(path: Path) -> None:
+    """32768 L2 tables, each among its data."""
+    full_image(path, 64 * GIB, cluster_size=4 * KIB)
+
+
+def compressed(path: Path) -> None:
+    """Three or four streams in each cluster of the file."""
+    full_image(path, 1 * TIB, layout="compressed")
+
+
+def check(
+    name: str,
+    what: str,
+    target: float,
+    craft: Callable[[Path], None],
+    *,
+    native: bool = False,
+    runs: int = 3,
+    peak_rss_limit: int | None = None,
+) -> Case:
+    """A row about the check of a sound image, by the drop-in unless `native`."""
+    return Case(
+        name=name,
+        title=f"{'`check`' if native else 'drop-in `qemu-img check`'}, {what}",
+        target=target,
+        craft=craft,
+        ours=("check IMAGE" if native else "qemu-img check IMAGE",),
+        theirs=("check IMAGE",),
+        runs=runs,
+        peak_rss_limit=peak_rss_limit,
+    )
 
 
 CASES = (
@@ -100,4 +166,13 @@ CASES = (
         fresh_copy=True,
         peak_rss_limit=64 * MIB,
     ),
+    check("check-tiny", "tiny image (start-up)", 12, tiny_full, runs=20),
+    check("check-tiny-native", "tiny image (start-up)", 15, tiny_full, native=True, runs=20),
+    check("check-full", "1 TiB, full", 0.25, full, peak_rss_limit=120 * MIB),
+    check("check-full-native", "1 TiB, full", 0.25, full, native=True, peak_rss_limit=120 * MIB),
+    check("check-extended-l2", "1 TiB, full, extended L2 entries", 0.25, extended_l2),
+    check("check-snapshots", "1 TiB, full, 10 internal snapshots", 0.12, snapshots),
+    check("check-small-clusters", "64 GiB, full, clusters of 4 KiB", 0.20, small_clusters),
+    check("check-compressed", "1 TiB, full, compressed", 0.60, compressed),
+    check("check-random", "64 GiB, full, clusters placed at random", 0.02, random_clusters),
 )

@@ -3,7 +3,8 @@
 Every image lies in the file in this order, and passes `qemu-img check`:
 
     cluster 0            header, then the bitmaps extension
-    L1 table             then L2 tables and the (unwritten) data clusters they name
+    L2 tables            among the (unwritten) data clusters that they name
+    L1 table             then one for each snapshot, and the snapshot table
     bitmap data, table   for each bitmap; then the bitmap directory
     refcount table       then the refcount blocks, which count themselves too
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.patterns import Pattern
 
     Entries: TypeAlias = NDArray[np.uint64]
+    Refcounts: TypeAlias = NDArray[np.uint16]
 
 Layout: TypeAlias = Literal["sequential", "shuffled", "compressed"]
 
@@ -39,6 +41,8 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 COPIED = np.uint64(1 << 63)
 COMPRESSED = np.uint64(1 << 62)
 SECTOR_BITS = 9
+ALL_SUBCLUSTERS = 0xFFFFFFFF  # the second half of an extended L2 entry: allocated, none reads as zeroes
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 BITMAPS_EXTENSION = 0x23852875
 AUTOCLEAR_BITMAPS = 1
 TRACKING_BITMAP = 1  # the only type of a directory entry
@@ -46,6 +50,9 @@ REFCOUNT_ORDER = 4
 HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 EXTENSION = struct.Struct(">IIIIQQ")
 DIRECTORY_ENTRY = struct.Struct(">QIIBBHI")
+SNAPSHOT = struct.Struct(">QIHHIIQIIQQQ")  # with the 24 bytes of extra data that QEMU writes
+SNAPSHOT_EXTRA = 24
+NO_INSTRUCTION_COUNT = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,9 @@ class BitmapSpec:
 class ImageWriter:
     """A new image file whose clusters are handed out one after the other."""
 
-    def __init__(self, path: str | os.PathLike[str], cluster_size: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], cluster_size: int, *, extended_l2: bool = False) -> None:
+        self.extended_l2 = extended_l2
+        self.l2_entries = cluster_size // (16 if extended_l2 else 8)  # of one table
         self.cluster_size = cluster_size
         self.cluster_bits = cluster_size.bit_length() - 1
         self.clusters = 1  # the header's
@@ -95,19 +104,33 @@ class ImageWriter:
         self.write(offset, data)
         return offset
 
-    def write_l1_table(self, size: int, l2_offset: int | None) -> tuple[int, int]:
-        """(offset, entries) of an L1 table for this virtual size, over L2 tables that lie one after the other."""
-        entries = -(-size // (self.cluster_size * self.cluster_size // 8))
+    def write_l1_table(self, size: int, l2_tables: Entries | None) -> tuple[int, int]:
+        """(offset, entries) of a new L1 table for this virtual size, with these entries or none."""
+        entries = -(-size // (self.cluster_size * self.l2_entries))
         offset = self.allocate(self.clusters_for(entries * 8))
-        if l2_offset is not None:
-            tables = np.arange(entries, dtype=np.uint64) * np.uint64(self.cluster_size) + np.uint64(l2_offset)
-            self.write(offset, (tables | COPIED).astype(">u8"))
+        if l2_tables is not None:
+            self.write(offset, l2_tables.astype(">u8"))
         return offset, entries
 
+    def write_l2_tables(self, offsets: Entries, entries: Entries) -> None:
+        """The entries of all guest clusters, into tables that lie anywhere; the last one may be filled in part."""
+        tables = np.zeros((len(offsets) * self.l2_entries, 2 if self.extended_l2 else 1), ">u8")
+        tables[: len(entries), 0] = entries
+        if self.extended_l2:  # a compressed cluster has no subclusters
+            tables[: len(entries), 1] = np.where(entries & COMPRESSED, 0, ALL_SUBCLUSTERS)
+        for offset, table in zip(offsets.tolist(), tables.reshape(len(offsets), -1), strict=True):
+            self.write(offset, table)
+
     def finish(
-        self, size: int, l1_table: tuple[int, int], *, extension: bytes = b"", refcounts: Entries | None = None
+        self,
+        size: int,
+        l1_table: tuple[int, int],
+        *,
+        snapshots: tuple[int, int] = (0, 0),
+        extension: bytes = b"",
+        refcounts: Refcounts | None = None,
     ) -> None:
-        """Refcounts, then the header. Each cluster counts 1, or what `refcounts` says of those handed out so far."""
+        """Refcounts, then the header. Each cluster counts 1, or what `refcounts` says of the first ones."""
         table_offset, table_clusters = self._write_refcounts(refcounts)
         l1_offset, l1_size = l1_table
         header = HEADER.pack(
@@ -115,14 +138,14 @@ class ImageWriter:
             *(0, 0),  # backing file
             *(self.cluster_bits, size, 0),
             *(l1_size, l1_offset, table_offset, table_clusters),
-            *(0, 0),  # snapshots
-            *(0, 0, AUTOCLEAR_BITMAPS if extension else 0),
+            *snapshots,
+            *(INCOMPATIBLE_EXTENDED_L2 if self.extended_l2 else 0, 0, AUTOCLEAR_BITMAPS if extension else 0),
             *(REFCOUNT_ORDER, HEADER.size),
         )
         self.write(0, header + extension + bytes(8))  # eight zero bytes: the end of the header extensions
         os.ftruncate(self._fd, self.clusters * self.cluster_size)
 
-    def _write_refcounts(self, refcounts: Entries | None) -> tuple[int, int]:
+    def _write_refcounts(self, refcounts: Refcounts | None) -> tuple[int, int]:
         per_block = self.cluster_size // 2
         blocks, table = 0, 1
         while blocks * per_block < self.clusters + blocks + table:  # the blocks count themselves and the table
@@ -154,34 +177,57 @@ def full_image(
     *,
     cluster_size: int = 64 * KIB,
     layout: Layout = "sequential",
+    extended_l2: bool = False,
+    snapshots: int = 0,
     seed: int = 1,
 ) -> None:
-    """An image whose every guest cluster is allocated: in order, anywhere, or as compressed streams."""
+    """An image whose every guest cluster is allocated: in order, anywhere, or as compressed streams.
+
+    Nothing was written since the snapshots were taken: they and the disk share all L2 tables and data.
+    """
     rng = np.random.default_rng(seed)
-    with ImageWriter(path, cluster_size) as writer:
+    copied = np.uint64(0) if snapshots else COPIED  # of L1 and L2 entries alike: that nobody else refers to it
+    with ImageWriter(path, cluster_size, extended_l2=extended_l2) as writer:
         guest_clusters = writer.clusters_for(size)
-        tables = -(-guest_clusters * 8 // cluster_size)
-        l2_offset = writer.allocate(tables)
-        l1_table = writer.write_l1_table(size, l2_offset)
-        refcounts = None
         if layout == "compressed":
-            entries, refcounts = _compressed_clusters(writer, guest_clusters, rng)
+            l2_tables, entries, refcounts = _compressed_clusters(writer, guest_clusters, rng)
         else:
-            entries = _normal_clusters(writer, guest_clusters)
-            if layout == "shuffled":
-                rng.shuffle(entries)
-        writer.write(l2_offset, entries.astype(">u8"))
-        writer.finish(size, l1_table, refcounts=refcounts)
+            l2_tables, entries = _normal_clusters(writer, guest_clusters, rng if layout == "shuffled" else None)
+            entries |= copied
+            refcounts = np.ones(writer.clusters, np.uint16)
+        writer.write_l2_tables(l2_tables, entries)
+        refcounts[1:] *= np.uint16(1 + snapshots)  # so far there is the header, and what is shared
+        l1_table = writer.write_l1_table(size, l2_tables | copied)
+        saved = _write_snapshots(writer, size, l2_tables, snapshots) if snapshots else (0, 0)
+        writer.finish(size, l1_table, snapshots=saved, refcounts=refcounts)
 
 
-def _normal_clusters(writer: ImageWriter, count: int) -> Entries:
-    first = writer.allocate(count) >> writer.cluster_bits
-    hosts = np.arange(first, first + count, dtype=np.uint64)
-    return (hosts << np.uint64(writer.cluster_bits)) | COPIED
+def _normal_clusters(writer: ImageWriter, count: int, rng: np.random.Generator | None) -> tuple[Entries, Entries]:
+    """Host offsets of the L2 tables, and of the data: shuffled, or each table before what it maps.
+
+    The latter is how `qemu-img create -o preallocation=metadata` lays out an image, and a guest that writes in order.
+    """
+    tables = -(-count // writer.l2_entries)
+    first = writer.allocate(tables + count)
+    offsets = (np.arange(tables + count, dtype=np.uint64) << np.uint64(writer.cluster_bits)) + np.uint64(first)
+    if rng:
+        rng.shuffle(offsets)
+        return offsets[:tables], offsets[tables:]
+    is_data = np.ones(len(offsets), bool)
+    is_data[:: writer.l2_entries + 1] = False
+    return offsets[~is_data], offsets[is_data]
 
 
-def _compressed_clusters(writer: ImageWriter, count: int, rng: np.random.Generator) -> tuple[Entries, Entries]:
-    """L2 entries of streams of random length, byte after byte as `qemu-img convert -c` lays them; and all refcounts."""
+def _compressed_clusters(
+    writer: ImageWriter, count: int, rng: np.random.Generator
+) -> tuple[Entries, Entries, Refcounts]:
+    """Host offsets of the L2 tables, their entries, and the refcounts of it all.
+
+    Behind the tables lie streams of random length, byte after byte as `qemu-img convert -c` packs them.
+    """
+    tables = -(-count // writer.l2_entries)
+    l2_tables = np.arange(tables, dtype=np.uint64) * np.uint64(writer.cluster_size)
+    l2_tables += np.uint64(writer.allocate(tables))
     lengths = rng.integers(writer.cluster_size // 8, writer.cluster_size // 2, count, dtype=np.uint64)
     ends = np.cumsum(lengths)
     # One spare cluster: the last stream claims whole sectors, which may reach past its last byte's cluster.
@@ -191,14 +237,38 @@ def _compressed_clusters(writer: ImageWriter, count: int, rng: np.random.Generat
     more_sectors = ((starts + lengths - np.uint64(1)) >> sector) - (starts >> sector)
     entries = COMPRESSED | (more_sectors << np.uint64(62 - (writer.cluster_bits - 8))) | starts
     lasts = (((starts >> sector) + more_sectors + np.uint64(1)) << sector) - np.uint64(1)
+    return l2_tables, entries, _stream_refcounts(writer, base, starts, lasts)
 
-    # A stream refers to each cluster that its sectors touch: count +1 where it begins and -1 behind where it ends.
+
+def _stream_refcounts(writer: ImageWriter, base: int, starts: Entries, lasts: Entries) -> Refcounts:
+    """Of all clusters so far. A stream refers to each cluster from its first byte's to its last one's."""
     bits = np.uint64(writer.cluster_bits)
+    # Count +1 where a stream begins and -1 behind where it ends: the sum so far is how many touch a cluster.
     steps = np.bincount((starts >> bits).astype(np.int64), minlength=writer.clusters + 1)
     steps -= np.bincount((lasts >> bits).astype(np.int64) + 1, minlength=writer.clusters + 1)
-    refcounts = np.cumsum(steps)[: writer.clusters].astype(np.uint64)
+    refcounts = np.cumsum(steps)[: writer.clusters].astype(np.uint16)
     refcounts[: base >> writer.cluster_bits] = 1
-    return entries, refcounts
+    return refcounts
+
+
+def _write_snapshots(writer: ImageWriter, size: int, l2_tables: Entries, count: int) -> tuple[int, int]:
+    """(number, offset) of a snapshot table; each snapshot has an L1 table of its own, over the same L2 tables."""
+    table = b"".join([_write_snapshot(writer, size, l2_tables, number) for number in range(1, count + 1)])
+    return count, writer.append(table)
+
+
+def _write_snapshot(writer: ImageWriter, size: int, l2_tables: Entries, number: int) -> bytes:
+    """The L1 table of one snapshot without VM state; its entry of the snapshot table."""
+    l1_offset, l1_size = writer.write_l1_table(size, l2_tables)
+    ident, name = str(number).encode(), f"daily-{number}".encode()
+    entry = SNAPSHOT.pack(
+        *(l1_offset, l1_size, len(ident), len(name)),
+        *(1_700_000_000 + number * 86_400, 0, 0),  # date in seconds and nanoseconds, the guest's clock
+        *(0, SNAPSHOT_EXTRA),  # VM state: none
+        *(0, size, NO_INSTRUCTION_COUNT),  # VM state again
+    )
+    entry += ident + name
+    return entry + bytes(-len(entry) % 8)
 
 
 # ---- images with bitmaps ----

@@ -1,4 +1,4 @@
-"""Persistent dirty bitmaps in qcow2 images whose VM is off: list, edit, merge, undo.
+"""Persistent dirty bitmaps in qcow2 images whose VM is off: list, edit, merge, check, undo.
 
 The names below are loaded when they are first used, so `import qcow2bm` costs next to nothing.
 """
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .api import Bitmap, Bitmaps, Extent, Image, open, undo, who_holds  # noqa: A004 - the public name
     from .bitmap.edit import Edit, Source
     from .bitmap.store import State
+    from .checks.model import Finding, Report
+    from .checks.runner import check
     from .errors import Qcow2bmError
     from .image.plan import Plan
 
@@ -28,6 +30,9 @@ _HOME = {
     "Source": "bitmap.edit",
     "State": "bitmap.store",
     "Plan": "image.plan",
+    "check": "checks.runner",
+    "Finding": "checks.model",
+    "Report": "checks.model",
     "undo": "api",
     "who_holds": "api",
     "Qcow2bmError": "errors",
@@ -38,11 +43,14 @@ __all__ = [
     "Bitmaps",
     "Edit",
     "Extent",
+    "Finding",
     "Image",
     "Plan",
     "Qcow2bmError",
+    "Report",
     "Source",
     "State",
+    "check",
     "errors",
     "open",
     "undo",

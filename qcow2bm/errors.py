@@ -37,7 +37,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-RUN_CHECK = "run `qcow2bm qemu-img check` on it, and change nothing before its findings are understood"
+RUN_CHECK = "run `qcow2bm check` on it, and change nothing before its findings are understood"
 
 
 class Qcow2bmError(Exception):
@@ -47,15 +47,24 @@ class Qcow2bmError(Exception):
         message: what is wrong, one line, no final full stop.
         hint: what the user can do about it.
         image: the image it is about; filled in by `naming` where the code that raises does not know it.
+        code: the problem's permanent code, where `check` has one for it.
     """
 
     exit_status: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None, image: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        image: str | Path | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.image = image
+        self.code = code
 
     def __str__(self) -> str:
         place = f"{self.image}: " if self.image is not None else ""

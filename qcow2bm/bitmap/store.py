@@ -18,10 +18,12 @@ from ..errors import (
     BitmapInconsistentError,
     BitmapNotFoundError,
     CorruptImageError,
+    TruncatedImageError,
 )
 from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, parse_directory
 from ..format.entries import BitmapTableEntry, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
+from ..format.faults import Weight
 from ..format.header import Autoclear
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
 from ..format.text import decode_name, encode_name
@@ -109,9 +111,10 @@ class StoredBitmap:
         """Why the bitmap is broken, or None."""
         if self._conflict is not None:
             return self._conflict
-        fault = next(self.entry.faults(self._image.geometry), None)
+        faults = self.entry.faults(self._image.geometry)
+        fault = next((fault for fault in faults if fault.weight is not Weight.MINOR), None)
         if fault is not None:
-            return fault
+            return fault.message
         try:
             return self._table_fault()
         except CorruptImageError as error:
@@ -125,7 +128,7 @@ class StoredBitmap:
             entry = BitmapTableEntry(value)
             fault = entry.fault(self._image.geometry)
             if fault is not None:
-                return f"its table's {fault} (index {index})"
+                return f"its table's {fault.message} (index {index})"
             if entry.offset >= size:
                 return f"its data at {entry.offset:#x} lies outside the file"
         return None
@@ -245,6 +248,7 @@ class BitmapDirectory:
         attached: the autoclear bit is on, so the bitmaps count.
         bitmaps: what could be parsed.
         damage: why the directory as a whole breaks the format; `bitmaps` then holds what came before the damage.
+        damage_code: the damage's permanent code.
     """
 
     def __init__(self, image: Qcow2Image) -> None:
@@ -253,18 +257,20 @@ class BitmapDirectory:
         self.pointer: BitmapsExtension | None = None
         self.attached = bool(image.header.autoclear_features & Autoclear.BITMAPS)
         self.damage: str | None = None
+        self.damage_code: str | None = None
         found: list[StoredBitmap] = []
         try:
             for bitmap in self._read(image):
                 found.append(bitmap)  # noqa: PERF402 - what came before the damage is kept
         except CorruptImageError as error:
-            self.damage = error.message
+            self.damage, self.damage_code = error.message, error.code
         self.bitmaps = tuple(found)
 
     def _read(self, image: Qcow2Image) -> Iterator[StoredBitmap]:
         if self.extension is None:
             if self.attached:
-                raise CorruptImageError("the autoclear bit for bitmaps is set, but there is no bitmaps extension")
+                text = "the autoclear bit for bitmaps is set, but there is no bitmaps extension"
+                raise CorruptImageError(text, code="bitmaps-extension-missing")
             return
         pointer = BitmapsExtension.parse(self.extension.data)
         _require_sane(image, pointer)
@@ -310,12 +316,19 @@ class BitmapDirectory:
 
 
 def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
+    """Raise for the first reason not to read the directory, in QEMU's order (`qcow2_read_extensions`)."""
+    size, offset = pointer.bitmap_directory_size, pointer.bitmap_directory_offset
     if pointer.reserved:
-        raise CorruptImageError("the bitmaps extension has a reserved field set")
+        text = "the bitmaps extension has a reserved field set"
+        raise CorruptImageError(text, code="bitmaps-extension-reserved")
     if not 0 < pointer.nb_bitmaps <= MAX_BITMAPS:
-        raise CorruptImageError(f"the bitmaps extension says there are {pointer.nb_bitmaps} bitmaps")
-    if not FIXED_LENGTH <= pointer.bitmap_directory_size <= MAX_BITMAP_DIRECTORY_BYTES:
-        raise CorruptImageError(f"the bitmap directory's size is {pointer.bitmap_directory_size}")
-    offset = pointer.bitmap_directory_offset
+        text = f"the bitmaps extension says there are {pointer.nb_bitmaps} bitmaps"
+        raise CorruptImageError(text, code="bitmaps-count")
     if not offset or not image.geometry.is_aligned(offset):
-        raise CorruptImageError(f"the bitmap directory's offset {offset:#x} is not a cluster's")
+        text = f"the bitmap directory's offset {offset:#x} is not a cluster's"
+        raise CorruptImageError(text, code="bitmap-directory-offset")
+    if not FIXED_LENGTH <= size <= MAX_BITMAP_DIRECTORY_BYTES:
+        raise CorruptImageError(f"the bitmap directory's size is {size}", code="bitmap-directory-size")
+    if offset + size > image.file.size + image.geometry.cluster_size:
+        text = f"the bitmap directory at {offset:#x} lies outside the file of {image.file.size} bytes"
+        raise TruncatedImageError(text, code="bitmap-directory-outside")

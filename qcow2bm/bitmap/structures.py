@@ -119,6 +119,7 @@ class RawImage:
         """The header extensions."""
         for extension in self._extensions.extensions:
             yield Part(f"extension {extension.type_name}", tuple(extension_fields(extension)))
+        self._extensions.validate()
 
     def bitmap_directory(self) -> Iterator[Part]:
         """The entries of the bitmap directory."""

@@ -130,7 +130,7 @@ class _Writer:
             fault = entry.fault(self.change.image.geometry)
             if fault is not None:
                 raise BitmapBrokenError(
-                    f"bitmap '{stored.name}' cannot be removed: its table's {fault}", hint=RUN_CHECK
+                    f"bitmap '{stored.name}' cannot be removed: its table's {fault.message}", hint=RUN_CHECK
                 )
             if entry.offset:
                 self.change.free(entry.offset, self.change.image.geometry.cluster_size)

@@ -66,6 +66,7 @@ COMMANDS = {
     "list": Command("list", "list_bitmaps", _LOOK),
     "show": Command("show", "show", _LOOK),
     "dump": Command("dump", "dump", _LOOK),
+    "check": Command("check", "check", _SAFETY),
     "add": Command("add", "add", _CHANGE),
     "remove": Command("remove", "remove", _CHANGE),
     "rename": Command("rename", "rename", _CHANGE),

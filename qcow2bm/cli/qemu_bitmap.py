@@ -7,15 +7,14 @@ qemu-img's (QEMU 7.2, `img_bitmap` and the QMP commands it calls), because scrip
 from __future__ import annotations
 
 import contextlib
-import getopt
 import os
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .real_qemu_img import FAILED, complain, hand_over
+from .qemu_options import ForeignError, RefusedError, answered, read_options, refusing, require_ours
+from .real_qemu_img import complain
 
 if TYPE_CHECKING:
     from ..api import Image
@@ -33,14 +32,6 @@ _UNITS = "bkmgtpe"
 _MAX_SIZE = (1 << 63) - 1
 
 
-class _RefusedError(Exception):
-    """The request cannot be met; the arguments are the message and, below it, further lines for standard error."""
-
-
-class _ForeignError(Exception):
-    """The request is one for the real qemu-img."""
-
-
 @dataclass(slots=True)
 class Request:
     """A parsed command line. `actions` are (action, source bitmap or "") in the order written."""
@@ -56,17 +47,7 @@ class Request:
 
 def run(argv: list[str]) -> int:
     """Carry out `qemu-img bitmap ARGV`; returns 0 or 1, or hands over to the real qemu-img."""
-    try:
-        _carry_out(parse(argv))
-    except _ForeignError:
-        hand_over(["bitmap", *argv])
-    except _RefusedError as refusal:
-        message, *more = refusal.args
-        complain(message)
-        for line in more:
-            print(line, file=sys.stderr)
-        return FAILED
-    return 0
+    return answered("bitmap", argv, lambda: _carry_out(parse(argv)))
 
 
 # The command line
@@ -74,28 +55,25 @@ def run(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Request:
     """Read the arguments by getopt_long's rules: options anywhere, abbreviated, joined."""
-    try:
-        options, operands = getopt.gnu_getopt(argv, _SHORT, _LONG)
-    except getopt.GetoptError as error:
-        raise _RefusedError(*_option_error(argv, error)) from None
+    options, operands = read_options(argv, _SHORT, _LONG)
     request = Request()
     for name, value in options:
         _take(request, name.lstrip("-"), value)
     added, merged = (any(action == kind for action, _ in request.actions) for kind in ("add", "merge"))
     if not request.actions:
-        raise _RefusedError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+        raise RefusedError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
     if request.granularity and not added:
-        raise _RefusedError("granularity only supported with --add")
+        raise RefusedError("granularity only supported with --add")
     if request.source_format is not None and request.source_file is None:
-        raise _RefusedError("-F only supported with -b")
+        raise RefusedError("-F only supported with -b")
     if request.source_file is not None and not merged:
-        raise _RefusedError("Merge bitmap source file only supported with --merge")
+        raise RefusedError("Merge bitmap source file only supported with --merge")
     if len(operands) != 2:
-        raise _RefusedError("Expecting filename and bitmap name")
+        raise RefusedError("Expecting filename and bitmap name")
     request.image, request.bitmap = operands
-    _require_ours(request.image, request.format)
+    require_ours(request.image, request.format)
     if request.source_file is not None:
-        _require_ours(request.source_file, request.source_format)
+        require_ours(request.source_file, request.source_format)
     return request
 
 
@@ -103,7 +81,7 @@ def _take(request: Request, name: str, value: str) -> None:
     if name in _ACTIONS:
         request.actions.append((name, value))
     elif name in ("h", "help", "object", "image-opts"):
-        raise _ForeignError
+        raise ForeignError
     elif name in ("g", "granularity"):
         request.granularity = _size(value)
     elif name in ("b", "source-file"):
@@ -114,22 +92,11 @@ def _take(request: Request, name: str, value: str) -> None:
         request.format = value
 
 
-def _option_error(argv: list[str], error: getopt.GetoptError) -> tuple[str, str]:
-    """The complaint with the argument as the user wrote it."""
-    option = error.opt or ""
-    written = next((word for word in argv if word.split("=")[0] == f"--{option}"), None) if len(option) > 1 else None
-    if written is None:
-        written = next((word for word in argv if re.match(rf"-[^-]*{re.escape(option)}", word)), f"-{option}")
-    missing = "requires argument" in error.msg
-    problem = f"missing argument for option '{written}'" if missing else f"unrecognized option '{written}'"
-    return problem, "Try 'qemu-img --help' for more information"
-
-
 def _size(text: str) -> int:
     """A size as qemu-img reads it: a decimal with a binary suffix, or hexadecimal without one."""
     match = _SIZE.match(text)
     if match is None:
-        raise _RefusedError(
+        raise RefusedError(
             "Invalid granularity specified. You may use k, M, G, T, P or E suffixes for\n"
             "qcow2bm: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         )
@@ -141,20 +108,14 @@ def _size(text: str) -> int:
         unit = 1024 ** _UNITS.index((suffix or "b").lower())
         size = int(whole or "0") * unit + (int(fraction) * unit // 10 ** len(fraction) if fraction else 0)
     if size > _MAX_SIZE:
-        raise _RefusedError(f"Invalid granularity specified. Must be between 0 and {_MAX_SIZE}.")
+        raise RefusedError(f"Invalid granularity specified. Must be between 0 and {_MAX_SIZE}.")
     return size
-
-
-def _require_ours(name: str, given_format: str | None) -> None:
-    """Leave to the real qemu-img other formats and `nbd:...`, `json:{...}`: a colon before the first slash."""
-    if given_format not in (None, "qcow2") or ":" in name.split("/", 1)[0]:
-        raise _ForeignError
 
 
 # The work
 
 
-def _carry_out(request: Request) -> None:
+def _carry_out(request: Request) -> int:
     from ..errors import Qcow2bmError
     from .committing import commit
 
@@ -169,44 +130,24 @@ def _carry_out(request: Request) -> None:
         try:
             commit(image, edit.plan())
         except Qcow2bmError as error:
-            raise _RefusedError(str(error)) from None
+            raise RefusedError(str(error)) from None
+    return 0
 
 
 @contextlib.contextmanager
 def _opened(name: str, given_format: str | None, *, writable: bool) -> Iterator[Image]:
     """An open image; what only the real qemu-img can open, repair or explain is left to it."""
     from ..api import open as open_image
-    from ..errors import (
-        ImageIOError,
-        InterruptedChangeError,
-        InUseError,
-        LockingUnavailableError,
-        NotQcow2Error,
-        Qcow2bmError,
-        UndoError,
-    )
+    from ..errors import Qcow2bmError
 
-    failed = f"Could not open '{name}': "
     try:
-        image = open_image(name, writable=writable)
-    except InUseError:
-        lock = '"write"' if writable else 'shared "write"'
-        raise _RefusedError(
-            f"{failed}Failed to get {lock} lock", f"Is another process using the image [{name}]?"
-        ) from None
-    except ImageIOError as error:
-        raise _RefusedError(f"{failed}{failed}{error.message}") from None
-    except (LockingUnavailableError, InterruptedChangeError, UndoError) as error:
-        # A change that a crash cut short is ours to settle: QEMU must not write over it.
-        raise _RefusedError(f"{failed}{error.message}; {error.hint}") from None
-    except NotQcow2Error:
-        if given_format is None:
-            raise _ForeignError from None
-        raise _RefusedError(f"{failed}Image is not in qcow2 format") from None
+        with refusing(name, given_format, writable=writable):
+            image = open_image(name, writable=writable)
     except Qcow2bmError:
         if _is_marked_corrupt(name):
-            raise _RefusedError(f"{failed}qcow2: Image is corrupt; cannot be opened read/write") from None
-        raise _ForeignError from None
+            refusal = f"Could not open '{name}': qcow2: Image is corrupt; cannot be opened read/write"
+            raise RefusedError(refusal) from None
+        raise ForeignError from None
     with image:
         yield image
 
@@ -236,9 +177,9 @@ def _draft(image: Image, request: Request) -> Edit:
         if action == "add":
             _check_new(request)
             problem = _cannot_store(request.bitmap, "Cannot store dirty bitmaps in qcow2 v2 files")
-        raise _RefusedError(_failed(action, request, problem)) from None
+        raise RefusedError(_failed(action, request, problem)) from None
     except Qcow2bmError:
-        raise _ForeignError from None
+        raise ForeignError from None
     detached = [bitmap.name for bitmap in image.bitmaps if bitmap.state is State.DETACHED]
     if detached:
         complain(
@@ -253,7 +194,7 @@ def _act(edit: Edit, action: str, argument: str, source: Image, request: Request
     """One action on the draft.
 
     Raises:
-        _RefusedError: with qemu-img's words for it.
+        RefusedError: with qemu-img's words for it.
     """
     from ..errors import BitmapError
 
@@ -270,7 +211,7 @@ def _act(edit: Edit, action: str, argument: str, source: Image, request: Request
             getattr(edit, action)(name)
     except BitmapError as error:
         problem, *advice = _in_qemus_words(error, name)
-        raise _RefusedError(_failed(action, request, problem), *advice) from None
+        raise RefusedError(_failed(action, request, problem), *advice) from None
 
 
 def _merge(edit: Edit, argument: str, source: Image, request: Request) -> None:
@@ -286,10 +227,10 @@ def _merge(edit: Edit, argument: str, source: Image, request: Request) -> None:
             f"Bitmaps are of different sizes (destination size is {edit.image.geometry.virtual_size}, "
             f"source size is {source.virtual_size}) and can't be merged"
         )
-        raise _RefusedError(_failed("merge", request, problem)) from None
+        raise RefusedError(_failed("merge", request, problem)) from None
     except BitmapError as error:
         problem, *advice = _in_qemus_words(error, argument)
-        raise _RefusedError(_failed("merge", request, problem), *advice) from None
+        raise RefusedError(_failed("merge", request, problem), *advice) from None
 
 
 # qemu-img's words
@@ -314,13 +255,13 @@ def _check_new(request: Request) -> None:
     from ..format.limits import MAX_BITMAP_NAME, MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
 
     if not request.bitmap:
-        raise _RefusedError(_failed("add", request, "Bitmap name cannot be empty"))
+        raise RefusedError(_failed("add", request, "Bitmap name cannot be empty"))
     wanted = request.granularity or 1 << MIN_GRANULARITY_BITS
     if not is_power_of_two(wanted) or not 1 << MIN_GRANULARITY_BITS <= wanted <= 1 << MAX_GRANULARITY_BITS:
-        raise _RefusedError(_failed("add", request, "Granularity must be power of 2 and at least 512"))
+        raise RefusedError(_failed("add", request, "Granularity must be power of 2 and at least 512"))
     if len(os.fsencode(request.bitmap)) > MAX_BITMAP_NAME:
         problem = _cannot_store(request.bitmap, f"Name length exceeds maximum ({MAX_BITMAP_NAME} characters)")
-        raise _RefusedError(_failed("add", request, problem))
+        raise RefusedError(_failed("add", request, problem))
 
 
 def _in_qemus_words(error: BitmapError, name: str) -> tuple[str, ...]:

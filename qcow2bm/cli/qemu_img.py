@@ -15,10 +15,14 @@ from .real_qemu_img import hand_over
 
 def main(argv: list[str]) -> int:
     """Run `qemu-img` with these arguments; returns the exit status unless the real one takes over."""
-    if argv[:1] != ["bitmap"]:
+    if argv[:1] not in (["bitmap"], ["check"]):
         hand_over(argv)
     if isinstance(sys.stderr, TextIOWrapper):
         sys.stderr.reconfigure(errors="surrogateescape")  # names in messages byte for byte, as qemu-img has them
-    from .qemu_bitmap import run
+    if argv[0] == "check":
+        from . import qemu_check
 
-    return run(argv[1:])
+        return qemu_check.run(argv[1:])
+    from . import qemu_bitmap
+
+    return qemu_bitmap.run(argv[1:])

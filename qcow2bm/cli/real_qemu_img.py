@@ -37,6 +37,6 @@ def real_qemu_img() -> str | None:
     return None
 
 
-def complain(message: str) -> None:
-    """A line on standard error, as qemu-img's own but with our name."""
-    print(f"qcow2bm: {message}", file=sys.stderr)
+def complain(message: str, *more: str) -> None:
+    """A line on standard error, as qemu-img's own but with our name, and what comes below it."""
+    print(f"qcow2bm: {message}", *more, sep="\n", file=sys.stderr)

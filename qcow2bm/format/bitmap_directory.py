@@ -13,6 +13,7 @@ from enum import IntFlag
 from construct import ConstructError, Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError
+from .faults import Fault, Weight
 from .geometry import Geometry, round_up
 from .limits import (
     MAX_BITMAP_NAME,
@@ -42,6 +43,8 @@ ENTRY_STRUCT = Struct(
     "extra_data_size" / Int32ub,
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
+MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_BITMAP_NAME, 8)
+"""Bytes of the longest entry without extra data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,35 +89,40 @@ class BitmapEntry:
         body = head + self.extra_data + self.name
         return body + (self.padding or bytes(-len(body) % 8))
 
-    def faults(self, geometry: Geometry) -> Iterator[str]:
-        """Why QEMU would refuse this entry, and with it the image, one line for each reason.
-
-        As `check_dir_entry` and `load_bitmap_data` do.
-        """
+    def faults(self, geometry: Geometry) -> Iterator[Fault]:
+        """Why QEMU would refuse this entry, and with it the image: as `check_dir_entry` and `load_bitmap_data` do."""
         if self.bitmap_table_offset == 0 or not geometry.is_aligned(self.bitmap_table_offset):
-            yield f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's"
+            yield Fault("bitmap-table-offset", f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's")
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
-        if int(self.flags) & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO):
-            yield f"it has unknown flags {int(self.flags):#x}"
+        if int(self.flags) & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO | BitmapFlag.EXTRA_DATA_COMPATIBLE):
+            yield Fault("bitmap-flags", f"it has unknown flags {int(self.flags):#x}")
         if self.type != DIRTY_TRACKING:
-            yield f"its type {self.type} is not known"
+            yield Fault("bitmap-type", f"its type {self.type} is not known")
         if not 0 < len(self.name) <= MAX_BITMAP_NAME:
-            yield f"its name is {len(self.name)} bytes long"
-        if self.extra_data:
-            yield f"it has {len(self.extra_data)} bytes of extra data that are not known"
+            yield Fault("bitmap-name", f"its name is {len(self.name)} bytes long")
+        if self.extra_data and self.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE:
+            text = f"it has {len(self.extra_data)} bytes of extra data that need not be known, but QEMU refuses them"
+            yield Fault("bitmap-extra-data-compatible", text)
+        elif self.extra_data:
+            yield Fault("bitmap-extra-data", f"it has {len(self.extra_data)} bytes of extra data that are not known")
+        elif self.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE:
+            yield Fault("bitmap-flags", f"it has unknown flags {int(self.flags):#x}")
         if not MIN_GRANULARITY_BITS <= self.granularity_bits <= MAX_GRANULARITY_BITS:
-            yield f"its granularity 2^{self.granularity_bits} is not between 512 bytes and 2 GiB"
+            text = f"its granularity 2^{self.granularity_bits} is not between 512 bytes and 2 GiB"
+            yield Fault("bitmap-granularity", text)
             return
         yield from self._table_faults(geometry)
+        if any(self.padding):
+            yield Fault("bitmap-padding", "the padding of its directory entry is not zero", Weight.MINOR)
 
-    def _table_faults(self, geometry: Geometry) -> Iterator[str]:
+    def _table_faults(self, geometry: Geometry) -> Iterator[Fault]:
         size = self.bitmap_table_size
         if not 0 < size <= geometry.max_bitmap_table_entries:
-            yield f"its table has {size} entries"
+            yield Fault("bitmap-table-size", f"its table has {size} entries")
             return
         needed = geometry.bitmap_table_entries(self.granularity)
         if not self.flags & BitmapFlag.IN_USE and size != needed:
-            yield f"its table has {size} entries, the disk needs {needed}"
+            yield Fault("bitmap-table-size", f"its table has {size} entries, the disk needs {needed}")
 
 
 def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
@@ -126,12 +134,12 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
     try:
         head = ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH])
     except ConstructError:
-        raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}") from None
+        raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}") from None
     name_at = offset + FIXED_LENGTH + head.extra_data_size
     length = FIXED_LENGTH + head.extra_data_size + head.name_size
     end = offset + round_up(length, 8)
     if end > len(data):
-        raise CorruptImageError(f"the bitmap directory ends within its entry at {offset:#x}")
+        raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}")
     return BitmapEntry(
         bitmap_table_offset=head.bitmap_table_offset,
         bitmap_table_size=head.bitmap_table_size,
@@ -153,9 +161,13 @@ def parse_directory(data: bytes, count: int) -> Iterator[tuple[int, BitmapEntry]
     offset = 0
     for index in range(count):
         if offset >= len(data):
-            raise CorruptImageError(f"the bitmap directory holds {index} bitmaps, the header extension says {count}")
+            raise _no_such_entries(f"the bitmap directory holds {index} bitmaps, the header extension says {count}")
         entry = parse_entry(data, offset)
         yield offset, entry
         offset += entry.size
     if offset != len(data):
-        raise CorruptImageError(f"the bitmap directory goes on after its {count} bitmaps")
+        raise _no_such_entries(f"the bitmap directory goes on after its {count} bitmaps")
+
+
+def _no_such_entries(message: str) -> CorruptImageError:
+    return CorruptImageError(message, code="bitmap-directory-entries")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,6 +18,7 @@ from bitarray import bitarray
 from bitarray.util import ones
 
 from ..errors import CorruptImageError
+from .faults import Fault
 from .geometry import COMPRESSED_SECTOR, SUBCLUSTERS, Geometry
 
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
@@ -24,8 +26,12 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 ZERO = 1 << 0
+L1_RESERVED = 0x7F00_0000_0000_01FF
+L2_RESERVED = 0x3F00_0000_0000_01FE
+"""Reserved bits of a standard cluster descriptor."""
 REFCOUNT_BLOCK_MASK = 0xFFFF_FFFF_FFFF_FE00
 """Bits 9..63: the host offset in a refcount table entry."""
+REFCOUNT_BLOCK_RESERVED = 0x1FF
 ALL_ONES = 1 << 0
 
 BITMAP_RESERVED = ~(OFFSET_MASK | ALL_ONES) & (1 << 64) - 1
@@ -130,6 +136,45 @@ class L2Entry:
             return ClusterKind.ZERO_ALLOCATED if allocated else ClusterKind.ZERO
         return ClusterKind.DATA if allocated and self.bitmap >> index & 1 else ClusterKind.UNALLOCATED
 
+    def is_standard(self, geometry: Geometry, *, data_file: bool = False) -> bool:
+        """True if the entry has a cluster of its own, for data or for zeroes: what the copied flag is about."""
+        if self.is_compressed:
+            return False
+        zero = self.value & ZERO and not geometry.extended_l2
+        return bool(self.host_offset) or (data_file and self.copied and not zero)
+
+    def faults(self, geometry: Geometry, *, version: int = 3, data_file: bool = False) -> Iterator[Fault]:
+        """What breaks the format in the entry by itself, in the order of `check_refcounts_l2`."""
+        if self.is_compressed:
+            yield from self._compressed_faults(data_file=data_file)
+            return
+        if self.value & L2_RESERVED:
+            yield Fault("l2-entry-reserved", f"L2 entry {self.value:#x} has reserved bits set")
+        if self.value & ZERO and (version == 2 or geometry.extended_l2):
+            yield Fault("zero-flag-reserved", f"L2 entry {self.value:#x} has a zero flag, which this image cannot have")
+        allocated, zeroes = self.bitmap & (1 << SUBCLUSTERS) - 1, self.bitmap >> SUBCLUSTERS
+        if not self.is_standard(geometry, data_file=data_file):
+            if allocated:
+                text = f"L2 entry {self.value:#x} has no cluster, but its bitmap {self.bitmap:#x} allocates subclusters"
+                yield Fault("subclusters-unallocated", text)
+            return
+        if allocated & zeroes:
+            text = f"subcluster bitmap {self.bitmap:#x} says both allocated and zero of the same subclusters"
+            yield Fault("subclusters-contradict", text)
+        if not geometry.is_aligned(self.host_offset):
+            holds_data = allocated if geometry.extended_l2 else not self.value & ZERO
+            kind, what = ("data", "data") if holds_data else ("zero", "preallocated zero")
+            yield Fault(f"{kind}-unaligned", f"{what} cluster at {self.host_offset:#x} is not cluster-aligned")
+
+    def _compressed_faults(self, *, data_file: bool) -> Iterator[Fault]:
+        if self.copied:
+            yield Fault("compressed-copied", f"compressed cluster {self.value:#x} has the copied flag")
+        if data_file:
+            yield Fault("compressed-data-file", f"compressed cluster {self.value:#x} although data lies in a data file")
+        elif self.bitmap:
+            text = f"compressed cluster {self.value:#x} has a subcluster bitmap {self.bitmap:#x}"
+            yield Fault("compressed-subclusters", text)
+
     def host_range(self, geometry: Geometry, *, data_file: bool = False) -> tuple[int, int] | None:
         """Offset and length of what the entry refers to in *this* file, or None."""
         if self.is_compressed:
@@ -166,14 +211,14 @@ class BitmapTableEntry:
         """True if the whole chunk is ones without a data cluster."""
         return self.value == ALL_ONES
 
-    def fault(self, geometry: Geometry) -> str | None:
+    def fault(self, geometry: Geometry) -> Fault | None:
         """Why QEMU would refuse the entry (`check_table_entry`), if it would."""
         if self.value & BITMAP_RESERVED:
-            return f"entry {self.value:#x} has reserved bits set"
+            return Fault("bitmap-entry-reserved", f"entry {self.value:#x} has reserved bits set")
         if self.offset and self.value & ALL_ONES:
-            return f"entry {self.value:#x} has an offset and the all-ones bit"
+            return Fault("bitmap-entry-all-ones", f"entry {self.value:#x} has an offset and the all-ones bit")
         if not geometry.is_aligned(self.offset):
-            return f"entry {self.value:#x} is not cluster-aligned"
+            return Fault("bitmap-entry-unaligned", f"entry {self.value:#x} is not cluster-aligned")
         return None
 
 

@@ -14,6 +14,7 @@ from enum import IntEnum
 from construct import Bytes, Const, GreedyRange, Int8ub, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError
+from .faults import Fault
 from .geometry import round_up
 from .text import decode_name
 
@@ -77,33 +78,41 @@ class ExtensionArea:
         start: where the area starts: the header's length.
         end: offset of the end marker, or of the end of the area if it is filled without one.
         limit: first offset the area may not reach: the backing file name or the end of the first cluster.
+        fault: why the area cannot be read beyond `end`, or None.
     """
 
     extensions: tuple[Extension, ...]
     start: int
     end: int
     limit: int
+    fault: Fault | None = None
 
     @classmethod
     def parse(cls, data: bytes, start: int, limit: int) -> ExtensionArea:
-        """Read the area of `data` (the file from offset 0) between `start` and `limit`.
-
-        Raises:
-            CorruptImageError: an extension's length goes past the limit.
-        """
-        found = []
+        """Read the area of `data` (the file from offset 0) between `start` and `limit`, as far as it makes sense."""
+        found, fault = [], None
         at = start
-        while at + HEAD_LENGTH <= limit:
+        while at < limit:
+            if at + HEAD_LENGTH > limit:
+                fault = Fault("extension-too-long", f"the header extensions go on at {at:#x}, where there is no room")
+                break
             kind, length = _HEAD.unpack_from(data, at)
             if kind == ExtensionType.END:
                 break
             body = at + HEAD_LENGTH
             if length > limit - body:
-                raise CorruptImageError(f"header extension {kind:#x} at {at:#x} is longer than the room it has")
+                text = f"header extension {kind:#x} at {at:#x} is longer than the room it has"
+                fault = Fault("extension-too-long", text)
+                break
             stop = min(body + round_up(length, 8), limit)
             found.append(Extension(kind, data[body : body + length], at, data[body + length : stop]))
             at = stop
-        return cls(tuple(found), start, at, limit)
+        return cls(tuple(found), start, at, limit, fault)
+
+    def validate(self) -> None:
+        """Raise CorruptImageError if an extension's length goes past the limit."""
+        if self.fault is not None:
+            raise CorruptImageError(self.fault.message, code=self.fault.code)
 
     def build(self) -> bytes:
         """The area's bytes with its end marker, if there is room for one."""
@@ -143,7 +152,8 @@ class BitmapsExtension:
     def parse(cls, data: bytes) -> BitmapsExtension:
         """Raises CorruptImageError when the data is not 24 bytes long."""
         if len(data) != BITMAPS_LENGTH:
-            raise CorruptImageError(f"the bitmaps extension is {len(data)} bytes long instead of {BITMAPS_LENGTH}")
+            text = f"the bitmaps extension is {len(data)} bytes long instead of {BITMAPS_LENGTH}"
+            raise CorruptImageError(text, code="bitmaps-extension-length")
         fields = BITMAPS_STRUCT.parse(data)
         return cls(fields.nb_bitmaps, fields.bitmap_directory_size, fields.bitmap_directory_offset, fields.reserved)
 
@@ -167,7 +177,8 @@ class CryptoHeaderPointer:
     def parse(cls, data: bytes) -> CryptoHeaderPointer:
         """Raises CorruptImageError when the data is not 16 bytes long."""
         if len(data) != CRYPTO_STRUCT.sizeof():
-            raise CorruptImageError(f"the encryption header pointer is {len(data)} bytes long instead of 16")
+            text = f"the encryption header pointer is {len(data)} bytes long instead of 16"
+            raise CorruptImageError(text, code="encryption-extension-length")
         fields = CRYPTO_STRUCT.parse(data)
         return cls(fields.offset, fields.length)
 

@@ -60,6 +60,10 @@ class Geometry:
         """True where a cluster starts."""
         return offset & (self.cluster_size - 1) == 0
 
+    def may_start(self, offset: int, length: int) -> bool:
+        """True if a table of `length` bytes may start at `offset`: aligned, and within what a file can have."""
+        return self.is_aligned(offset) and offset + length < 1 << 63
+
     # Cluster mapping
 
     @property

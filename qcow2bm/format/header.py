@@ -7,24 +7,31 @@ for byte, because the specification asks whoever rewrites a header to preserve i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 
 from construct import Bytes, ConstructError, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError, NotQcow2Error, TruncatedImageError, UnsupportedImageError
-from .geometry import Geometry
+from .faults import Fault, Weight
+from .geometry import SUBCLUSTERS, Geometry
 from .limits import (
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
     MAX_L1_ENTRIES,
     MAX_REFCOUNT_ORDER,
     MAX_REFCOUNT_TABLE_BYTES,
+    MAX_SNAPSHOTS,
     MIN_CLUSTER_BITS,
 )
 
 MAGIC = b"QFI\xfb"
-MIN_SUBCLUSTER = 512
+MIN_EXTENDED_CLUSTER = SUBCLUSTERS * 512
+SNAPSHOT_HEAD = 40
+"""Bytes that a snapshot table entry has at least."""
+UNKNOWN_INCOMPATIBLE = "unknown-incompatible"
+"""Code of the one fault that a newer program would not call a fault."""
 
 
 class Incompatible(IntFlag):
@@ -139,7 +146,6 @@ class Header:
             NotQcow2Error: no qcow2 magic.
             UnsupportedImageError: a version other than 2 and 3.
             TruncatedImageError: `data` ends within the header.
-            CorruptImageError: `header_length` is no header's length.
         """
         if data[:4] != MAGIC:
             raise NotQcow2Error("not a qcow2 image", hint="qcow2bm reads qcow2 and nothing else")
@@ -155,9 +161,7 @@ class Header:
         except ConstructError:
             raise TruncatedImageError("the file ends within the qcow2 header") from None
         length = fields["header_length"]
-        if length < V3_LENGTH or length % 8 or length > 1 << MAX_CLUSTER_BITS:
-            raise CorruptImageError(f"header_length {length} is not a multiple of 8 between {V3_LENGTH} and a cluster")
-        if length > len(data):
+        if len(data) < length <= 1 << MAX_CLUSTER_BITS:
             raise TruncatedImageError("the file ends within the qcow2 header")
         return cls(
             **fields
@@ -200,46 +204,94 @@ class Header:
         """True if guest clusters live in an external data file."""
         return bool(self.incompatible_features & Incompatible.EXTERNAL_DATA_FILE)
 
+    def faults(self) -> Iterator[Fault]:
+        """What QEMU would refuse to open, in the order in which `qcow2_do_open` looks, and what it does not look at."""
+        yield from self._shape_faults()
+        if MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS and self.refcount_order <= MAX_REFCOUNT_ORDER:
+            yield from self._backing_name_faults()
+            yield from self._table_faults()
+
     def validate(self) -> None:
-        """Check what every later computation relies on, within QEMU's own limits (`qcow2_do_open`).
+        """Check what every later computation relies on, within QEMU's own limits.
 
         Raises:
             CorruptImageError: a field is out of bounds.
             UnsupportedImageError: an incompatible feature is set that is not known here.
         """
+        for fault in self.faults():
+            if fault.code == UNKNOWN_INCOMPATIBLE:
+                raise UnsupportedImageError(fault.message, hint="a newer QEMU wrote it", code=fault.code)
+            if fault.weight is not Weight.MINOR:
+                raise CorruptImageError(fault.message, code=fault.code)
+
+    def _shape_faults(self) -> Iterator[Fault]:
+        """What the whole geometry hangs on, and feature bits."""
         if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
-            raise CorruptImageError(f"cluster size 2^{self.cluster_bits} is not between 512 bytes and 2 MiB")
+            text = f"cluster size 2^{self.cluster_bits} is not between 512 bytes and 2 MiB"
+            yield Fault("header-cluster-bits", text, Weight.FATAL)
+            return
+        length, room = self.header_length, 1 << self.cluster_bits
+        if not (V2_LENGTH if self.version == 2 else V3_LENGTH) <= length <= room:
+            text = f"header_length {length} is not between {V3_LENGTH} and the cluster size"
+            yield Fault("header-length", text, Weight.FATAL)
+        elif length % 8:
+            yield Fault("header-length-odd", f"header_length {length} is not a multiple of 8")
+        yield from self._feature_faults()
         if self.refcount_order > MAX_REFCOUNT_ORDER:
-            raise CorruptImageError(f"refcount order {self.refcount_order} is above {MAX_REFCOUNT_ORDER}")
+            text = f"refcount order {self.refcount_order} is above {MAX_REFCOUNT_ORDER}"
+            yield Fault("header-refcount-order", text, Weight.FATAL)
+        if self.crypt_method not in ENCRYPTION:
+            yield Fault("encryption-method", f"encryption method {self.crypt_method} is not known")
+
+    def _feature_faults(self) -> Iterator[Fault]:
+        kind, bit = self.compression_type, bool(self.incompatible_features & Incompatible.COMPRESSION_TYPE)
+        if kind not in COMPRESSION:
+            yield Fault("compression-type-unknown", f"compression type {kind} is not known")
+        elif bit != bool(kind):
+            text = f"compression type {COMPRESSION[kind]} and the feature bit for it contradict each other"
+            yield Fault("compression-type-bit", text)
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
         unknown = int(self.incompatible_features) & ~int(KNOWN_INCOMPATIBLE)
         if unknown:
-            raise UnsupportedImageError(f"unknown incompatible features {unknown:#x}", hint="a newer QEMU wrote it")
-        self._validate_places()
+            yield Fault(UNKNOWN_INCOMPATIBLE, f"unknown incompatible features {unknown:#x}")
+        if self.incompatible_features & Incompatible.EXTENDED_L2 and 1 << self.cluster_bits < MIN_EXTENDED_CLUSTER:
+            text = "extended L2 entries need clusters of at least 16 KiB"
+            yield Fault("extended-l2-cluster-size", text, Weight.FATAL)
+        if any(self.additional[1:8]):
+            yield Fault("header-padding", "the padding after the compression type is not zero", Weight.MINOR)
 
-    def _validate_places(self) -> None:
+    def _backing_name_faults(self) -> Iterator[Fault]:
+        start, room = self.backing_file_offset, self.geometry.cluster_size
+        if not start:
+            return
+        if start > room:
+            yield Fault("backing-name-offset", "the backing file name lies outside the first cluster")
+        elif self.backing_file_size > min(MAX_BACKING_NAME, room - start):
+            text = f"the backing file name is {self.backing_file_size} bytes long, more than there may be"
+            yield Fault("backing-name-length", text)
+        elif start < self.header_length:
+            yield Fault("backing-name-overlap", "the backing file name lies within the header")
+
+    def _table_faults(self) -> Iterator[Fault]:
         geometry = self.geometry
-        if len(self.build()) > geometry.cluster_size:
-            raise CorruptImageError("the header does not fit into the first cluster")
-        if geometry.extended_l2 and geometry.subcluster_size < MIN_SUBCLUSTER:
-            raise CorruptImageError("extended L2 entries need clusters of at least 16 KiB")
-        if self.size > 1 << 63 or max(self.l1_size, geometry.l1_entries) > MAX_L1_ENTRIES:
-            raise CorruptImageError("the virtual size needs an L1 table above 32 MiB")
-        if self.l1_size < geometry.l1_entries:
-            raise CorruptImageError(
-                f"the L1 table has {self.l1_size} entries, the virtual size needs {geometry.l1_entries}"
-            )
         if not self.refcount_table_clusters:
-            raise CorruptImageError("the image has no refcount table")
-        if self.refcount_table_clusters * geometry.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
-            raise CorruptImageError("the refcount table is above 8 MiB")
-        for name in ("l1_table_offset", "refcount_table_offset", "snapshots_offset"):
-            offset = getattr(self, name)
-            if not geometry.is_aligned(offset) or offset > 1 << 63:
-                raise CorruptImageError(f"{name} {offset:#x} is not cluster-aligned")
-        if self.backing_file_offset:
-            end = self.backing_file_offset + self.backing_file_size
-            if end > geometry.cluster_size or self.backing_file_offset < len(self.build()):
-                raise CorruptImageError("the backing file name lies outside the first cluster")
-            if self.backing_file_size > min(MAX_BACKING_NAME, geometry.cluster_size - self.backing_file_offset):
-                raise CorruptImageError(f"the backing file name is longer than {MAX_BACKING_NAME} bytes")
+            yield Fault("refcount-table-missing", "the image has no refcount table")
+        table_bytes = self.refcount_table_clusters * geometry.cluster_size
+        if table_bytes > MAX_REFCOUNT_TABLE_BYTES:
+            yield Fault("refcount-table-size", "the refcount table is above 8 MiB")
+        elif not geometry.may_start(self.refcount_table_offset, table_bytes):
+            text = f"refcount_table_offset {self.refcount_table_offset:#x} is not cluster-aligned"
+            yield Fault("refcount-table-offset", text)
+        if self.size > 1 << 63 or max(self.l1_size, geometry.l1_entries) > MAX_L1_ENTRIES:
+            yield Fault("l1-size", "the virtual size needs an L1 table above 32 MiB")
+        elif not geometry.may_start(self.l1_table_offset, 8 * self.l1_size):
+            yield Fault("l1-offset", f"l1_table_offset {self.l1_table_offset:#x} is not cluster-aligned")
+        elif self.l1_size < geometry.l1_entries:
+            text = f"the L1 table has {self.l1_size} entries, the virtual size needs {geometry.l1_entries}"
+            yield Fault("l1-too-small", text)
+        if self.nb_snapshots > MAX_SNAPSHOTS:
+            text = f"the image says it has {self.nb_snapshots} snapshots, above {MAX_SNAPSHOTS}"
+            yield Fault("snapshot-count", text, Weight.MINOR)  # who reads them refuses; the disk does not need them
+        elif not geometry.may_start(self.snapshots_offset, SNAPSHOT_HEAD * self.nb_snapshots):
+            text = f"snapshots_offset {self.snapshots_offset:#x} is not cluster-aligned"
+            yield Fault("snapshot-table-offset", text)

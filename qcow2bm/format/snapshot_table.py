@@ -79,16 +79,17 @@ def parse_snapshot(data: bytes, offset: int = 0) -> SnapshotEntry:
     try:
         head = dict(ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH]))
     except ConstructError:
-        raise CorruptImageError(f"the snapshot table ends within its entry at {offset:#x}") from None
+        raise _truncated(offset) from None
     extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
     del head["_io"]
     if extra > MAX_SNAPSHOT_EXTRA_DATA:
-        raise CorruptImageError(f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}")
+        text = f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}"
+        raise CorruptImageError(text, code="snapshot-extra-data-size")
     id_at = offset + FIXED_LENGTH + extra
     name_at = id_at + id_size
     end = name_at + name_size
     if end > len(data):
-        raise CorruptImageError(f"the snapshot table ends within its entry at {offset:#x}")
+        raise _truncated(offset)
     return SnapshotEntry(
         **head,
         extra_data=data[offset + FIXED_LENGTH : id_at],
@@ -108,13 +109,20 @@ def parse_snapshots(read: Callable[[int, int], bytes], offset: int, count: int) 
         CorruptImageError: as `parse_snapshot`, or the table is larger than QEMU's limits.
     """
     if count > MAX_SNAPSHOTS:
-        raise CorruptImageError(f"the image says it has {count} snapshots, above {MAX_SNAPSHOTS}")
+        raise CorruptImageError(
+            f"the image says it has {count} snapshots, above {MAX_SNAPSHOTS}", code="snapshot-count"
+        )
     window, base, at = b"", offset, offset
     for _ in range(count):
-        if at - offset > MAX_SNAPSHOT_TABLE_BYTES:
-            raise CorruptImageError("the snapshot table is above 64 MiB")
         if len(window) - (at - base) < MAX_ENTRY_LENGTH:
             window, base = read(at, 4 * MAX_ENTRY_LENGTH), at
         entry = parse_snapshot(window, at - base)
+        if at + entry.size - len(entry.padding) - offset > MAX_SNAPSHOT_TABLE_BYTES:
+            raise CorruptImageError("the snapshot table is above 64 MiB", code="snapshot-table-size")
         yield at, entry
         at += entry.size
+
+
+def _truncated(offset: int) -> CorruptImageError:
+    text = f"the snapshot table ends within its entry at {offset:#x}"
+    return CorruptImageError(text, code="snapshot-table-outside")

@@ -6,6 +6,7 @@ numpy.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,8 +16,12 @@ from .entries import COMPRESSED, OFFSET_MASK
 from .geometry import COMPRESSED_SECTOR, Geometry
 
 Clusters = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Refcounts = npt.NDArray[np.unsignedinteger]
 
 _COARSE_BITS = 20
+_COUNTED_AT_ONCE = 1 << 22
+"""L1 entries that are kept before they are counted."""
 
 
 def host_clusters(table: bytes, geometry: Geometry) -> tuple[Clusters, Clusters]:
@@ -31,14 +36,88 @@ def host_clusters(table: bytes, geometry: Geometry) -> tuple[Clusters, Clusters]
     last = np.where(offsets > 0, (offsets + geometry.cluster_size - 1) >> geometry.cluster_bits, -1)
     compressed = np.flatnonzero(values & np.uint64(COMPRESSED))
     if compressed.size:
-        shift = geometry.compressed_offset_bits
-        chosen = values[compressed]
-        start = (chosen & np.uint64((1 << shift) - 1)).astype(np.int64)
-        sectors = ((chosen & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)).astype(np.int64) + 1
-        end = start - start % COMPRESSED_SECTOR + sectors * COMPRESSED_SECTOR
-        first[compressed] = start >> geometry.cluster_bits
-        last[compressed] = (end - 1) >> geometry.cluster_bits
+        first[compressed], last[compressed], _ = compressed_clusters(values[compressed], geometry)
     return first, last
+
+
+def compressed_clusters(descriptors: Words, geometry: Geometry) -> tuple[Clusters, Clusters, Clusters]:
+    """First and last host cluster of each compressed cluster descriptor, and the host offset where it ends.
+
+    Matches `CompressedDescriptor.parse`.
+    """
+    shift = geometry.compressed_offset_bits
+    start = (descriptors & np.uint64((1 << shift) - 1)).astype(np.int64)
+    sectors = ((descriptors & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)).astype(np.int64) + 1
+    end = (start & -COMPRESSED_SECTOR) + sectors * COMPRESSED_SECTOR
+    return start >> geometry.cluster_bits, (end - 1) >> geometry.cluster_bits, end
+
+
+def refcounts(blocks: bytes, order: int) -> Refcounts:
+    """The refcounts of one or more refcount blocks, native and as wide as they need. Matches `get_refcount`."""
+    if order >= 3:
+        width = 1 << order - 3
+        return np.frombuffer(blocks, f">u{width}").astype(f"u{width}", copy=False)
+    packed = np.frombuffer(blocks, np.uint8)
+    bits, mask = 1 << order, (1 << (1 << order)) - 1
+    counts = np.empty((packed.size, 8 // bits), np.uint8)
+    for index in range(8 // bits):
+        np.bitwise_and(packed >> np.uint8(index * bits), np.uint8(mask), out=counts[:, index])
+    return counts.reshape(-1)
+
+
+def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int, int, list[int]]]:
+    """How often L2 tables are named by L1 tables, of the active disk (True) and of others (False).
+
+    Tables named equally often come together: (times by active ones, by others, offsets in order). Entries of 0 name
+    none.
+    """
+    weights = {True: _Weights(), False: _Weights()}
+    for table, is_active in l1_tables:
+        weights[is_active].add(np.frombuffer(table, np.uint64))
+    offsets = np.union1d(weights[True].offsets(), weights[False].offsets())
+    times = np.stack([weights[True].of(offsets), weights[False].of(offsets)])
+    pairs, group = np.unique(times, axis=1, return_inverse=True)
+    order = np.argsort(group.reshape(-1), kind="stable")
+    ends = np.cumsum(np.bincount(group.reshape(-1), minlength=pairs.shape[1]))
+    parts = np.split(offsets[order], ends[:-1])
+    return [
+        (int(pairs[0, index]), int(pairs[1, index]), part.tolist()) for index, part in enumerate(parts) if part.size
+    ]
+
+
+class _Weights:
+    """How often offsets came, with what came lately not yet counted."""
+
+    def __init__(self) -> None:
+        self._offsets: Words = np.empty(0, np.uint64)
+        self._times: Clusters = np.empty(0, np.int64)
+        self._new: list[Words] = []
+        self._room = _COUNTED_AT_ONCE
+
+    def add(self, entries: Words) -> None:
+        self._new.append(entries[entries != 0] & np.uint64(OFFSET_MASK))
+        self._room -= entries.size
+        if self._room < 0:
+            self._settle()
+
+    def offsets(self) -> Words:
+        self._settle()
+        return self._offsets
+
+    def of(self, offsets: Words) -> Clusters:
+        """The times of each of `offsets`, which are sorted and include all that came."""
+        times = np.zeros(offsets.size, np.int64)
+        times[np.searchsorted(offsets, self.offsets())] = self._times
+        return times
+
+    def _settle(self) -> None:
+        if not self._new:
+            return
+        new, times = np.unique(np.concatenate(self._new), return_counts=True)
+        offsets, index = np.unique(np.concatenate([self._offsets, new]), return_inverse=True)
+        total = np.zeros(offsets.size, np.int64)
+        np.add.at(total, index.reshape(-1), np.concatenate([self._times, times]))
+        self._offsets, self._times, self._new, self._room = offsets, total, [], _COUNTED_AT_ONCE
 
 
 class ClusterFilter:

@@ -104,12 +104,22 @@ class ImageFile:
             got += len(data)
         return b"".join(parts) + bytes(length - got)
 
+    def read_padded(self, offset: int, length: int) -> bytes:
+        """`length` bytes, which the caller has bounded, with zeroes wherever the file has none: as QEMU reads."""
+        present = min(length, self.size - offset)
+        data = self.read_at(offset, present) if present > 0 else b""
+        return data if len(data) == length else data + bytes(length - len(data))
+
     def is_hole(self, offset: int, length: int) -> bool:
         """True if the file certainly holds nothing but zeroes there: a sparse file may claim any number of tables."""
+        return offset < self.size and self.next_data(offset) >= min(offset + length, self.size)
+
+    def next_data(self, offset: int) -> int:
+        """The first offset from `offset` on that may hold something else than a hole; the file's size if none does."""
         try:
-            return offset < self.size and os.lseek(self.fd, offset, os.SEEK_DATA) >= offset + length
+            return os.lseek(self.fd, offset, os.SEEK_DATA)
         except OSError as error:
-            return error.errno == errno.ENXIO
+            return self.size if error.errno == errno.ENXIO else offset
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset`; durable only after the next `barrier`."""

@@ -218,4 +218,6 @@ def read_head(file: ImageFile) -> tuple[bytes, Header, ExtensionArea]:
     file.slack = header.geometry.cluster_size
     limit = header.backing_file_offset or header.geometry.cluster_size
     head = start + bytes(header.geometry.cluster_size - len(start))
-    return head, header, ExtensionArea.parse(head, len(header.build()), limit)
+    extensions = ExtensionArea.parse(head, len(header.build()), limit)
+    extensions.validate()
+    return head, header, extensions

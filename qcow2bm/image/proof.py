@@ -62,7 +62,9 @@ def find_references(
 ) -> Iterator[tuple[int, str]]:
     """Pairs (cluster, owner) for everything in the image that refers to one of the `wanted` clusters."""
     tables: dict[int, int] = {}
-    for reference in chain(structures(image, refcounts), mapping_tables(image, tables), others):
+    for reference in chain(
+        structures(image, refcounts.table, image.crypto_header), mapping_tables(image, tables), others
+    ):
         for cluster in _wanted_in(image, wanted, reference.offset, reference.length):
             yield cluster, reference.owner
     if image.header.has_data_file:

@@ -5,17 +5,18 @@ The proof asks whether a cluster has other owners, the usage summary how much ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from ..errors import RUN_CHECK, CorruptImageError
 from ..format.entries import l1_offset, refcount_block_offset
+from ..format.extensions import CryptoHeaderPointer
 from ..format.limits import MAX_L1_ENTRIES
+from ..format.snapshot_table import SnapshotEntry
 from ..format.text import decode_name
 from .image import Qcow2Image
 from .mapping import read_l1, require_l2_aligned
-from .refcounts import Refcounts
 
 
 class Kind(Enum):
@@ -41,19 +42,25 @@ class Reference:
     owner: str
 
 
-def structures(image: Qcow2Image, refcounts: Refcounts) -> Iterator[Reference]:
+def structures(
+    image: Qcow2Image, refcount_table: Iterable[int], crypto: CryptoHeaderPointer | None
+) -> Iterator[Reference]:
     """Header, refcount table and blocks, encryption header."""
     header, geometry = image.header, image.geometry
     yield Reference(0, geometry.cluster_size, Kind.HEADER, "the header")
     table_bytes = header.refcount_table_clusters * geometry.cluster_size
     yield Reference(header.refcount_table_offset, table_bytes, Kind.REFCOUNTS, "the refcount table")
-    for index, entry in enumerate(refcounts.table):
+    for index, entry in enumerate(refcount_table):
         offset = refcount_block_offset(entry)
         if offset:
             yield Reference(offset, geometry.cluster_size, Kind.REFCOUNTS, f"refcount block {index}")
-    crypto = image.crypto_header
     if crypto is not None:
         yield Reference(crypto.offset, crypto.length, Kind.ENCRYPTION_HEADER, "the encryption header")
+
+
+def l1_owner(snapshot: SnapshotEntry | None) -> str:
+    """What the L1 table of the active disk (None) or of a snapshot is called."""
+    return "the active L1 table" if snapshot is None else f"the L1 table of snapshot {decode_name(snapshot.id)}"
 
 
 def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Reference]:
@@ -67,12 +74,10 @@ def mapping_tables(image: Qcow2Image, tables: dict[int, int]) -> Iterator[Refere
             cluster-aligned.
     """
     header = image.header
-    roots = [(header.l1_table_offset, header.l1_size, "the active L1 table")]
+    roots = [(header.l1_table_offset, header.l1_size, l1_owner(None))]
     snapshots = image.snapshots()
     yield Reference(snapshots.offset, snapshots.length, Kind.SNAPSHOT_TABLE, "the snapshot table")
-    for entry in snapshots.entries:
-        owner = f"the L1 table of snapshot {decode_name(entry.id)}"
-        roots.append((entry.l1_table_offset, entry.l1_size, owner))
+    roots += [(entry.l1_table_offset, entry.l1_size, l1_owner(entry)) for entry in snapshots.entries]
     if sum(size for _, size, _ in roots) > image.file.size // 8 + MAX_L1_ENTRIES:
         raise CorruptImageError("the L1 tables together are larger than the file", hint=RUN_CHECK)
     walked: set[tuple[int, int]] = set()

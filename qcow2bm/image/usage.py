@@ -27,7 +27,7 @@ def usage(image: Qcow2Image, others: Iterable[Reference]) -> dict[Kind, int]:
     refcounts = Refcounts(image)
     seen: set[tuple[Kind, int]] = set()
     taken = dict.fromkeys(Kind, 0)
-    for reference in chain(structures(image, refcounts), mapping_tables(image, {}), others):
+    for reference in chain(structures(image, refcounts.table, image.crypto_header), mapping_tables(image, {}), others):
         if reference.length > 0 and (reference.kind, reference.offset) not in seen:
             seen.add((reference.kind, reference.offset))
             taken[reference.kind] += geometry.clusters(reference.length)

@@ -10,7 +10,7 @@ import pytest
 import qcow2bm
 from benchmarks.craft import GIB, KIB, MIB, BitmapSpec, Layout, bitmap_image, full_image
 from benchmarks.patterns import Scattered
-from tests.support.qemu import bitmap_info, check, read_bitmaps
+from tests.support.qemu import bitmap_info, check, qemu_img_json, read_bitmaps
 
 
 @pytest.mark.parametrize("layout", get_args(Layout))
@@ -19,7 +19,38 @@ def test_a_full_image_is_sound(tmp_path: Path, layout: Layout, cluster_size: int
     """Every cluster mapped, whatever the layout."""
     image = tmp_path / "full.qcow2"
     full_image(image, 1000 * cluster_size, cluster_size=cluster_size, layout=layout)
-    assert check(image)["returncode"] == 0
+    assert_sound(image, 1000, layout)
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+@pytest.mark.parametrize(("cluster_size", "extended_l2"), [(512, False), (16 * KIB, True), (64 * KIB, True)])
+@pytest.mark.parametrize("snapshots", [0, 10])
+def test_extended_l2_entries_and_snapshots_are_sound(
+    tmp_path: Path, layout: Layout, cluster_size: int, extended_l2: bool, snapshots: int
+) -> None:
+    """In every combination; the last L2 table is filled in part."""
+    image = tmp_path / "full.qcow2"
+    clusters = 9000
+    full_image(
+        image,
+        clusters * cluster_size,
+        cluster_size=cluster_size,
+        layout=layout,
+        extended_l2=extended_l2,
+        snapshots=snapshots,
+    )
+    assert_sound(image, clusters, layout)
+    info = qemu_img_json("info", image)
+    assert info["format-specific"]["data"]["extended-l2"] == extended_l2
+    assert [row["name"] for row in info.get("snapshots", [])] == [f"daily-{n}" for n in range(1, snapshots + 1)]
+
+
+def assert_sound(image: Path, clusters: int, layout: Layout) -> None:
+    """And that QEMU saw what was to be checked."""
+    found = check(image)
+    assert found["returncode"] == 0
+    assert found["allocated-clusters"] == found["total-clusters"] == clusters
+    assert found.get("compressed-clusters", 0) == (clusters if layout == "compressed" else 0)
 
 
 def test_bitmaps_read_the_same_by_qemu_and_by_us(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_header_length_that_is_none_is_refused(header: Header, length: int) ->
     data[100:104] = length.to_bytes(4, "big")
     if length % 8 or not 104 <= length <= len(data):
         with pytest.raises(CorruptImageError):
-            Header.parse(bytes(data))
+            Header.parse(bytes(data)).validate()
     else:
         assert Header.parse(bytes(data)).header_length == length
 
@@ -115,7 +115,7 @@ def test_an_extension_longer_than_its_room_is_refused(extension: Extension, miss
         assert ExtensionArea.parse(whole, 0, max(0, limit)).extensions == ()
     else:
         with pytest.raises(CorruptImageError):
-            ExtensionArea.parse(whole, 0, limit)
+            ExtensionArea.parse(whole, 0, limit).validate()
 
 
 # ---- bitmap directory and snapshots ----

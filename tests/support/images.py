@@ -47,8 +47,13 @@ def fixture(name: str) -> Fixture:
 
 
 def all_fixtures() -> list[Fixture]:
-    """Every fixture, by name."""
+    """Every fixture but the damaged ones, by name."""
     return [fixture(origin.parent.name) for origin in sorted(FIXTURES.glob("*/origin.toml"))]
+
+
+def corrupt_fixtures() -> list[Fixture]:
+    """Every damaged fixture, by problem code; its name is `corrupt/CODE`."""
+    return [fixture(f"corrupt/{origin.parent.name}") for origin in sorted(FIXTURES.glob("corrupt/*/origin.toml"))]
 
 
 def unpack(name: str, directory: Path) -> Path:

@@ -26,7 +26,7 @@ FLOORS = (
     {"format"},
     {"image"},
     {"bitmap"},
-    {"check", "chain", "transaction"},
+    {"checks", "chain", "transaction"},
     {"backup", "checkpoint", "nbd", "fleet"},
     {"api", "report"},
     {PACKAGE},
@@ -243,8 +243,8 @@ SOUND = {
     "qcow2bm/format/vectors.py": "import numpy as np",
     "qcow2bm/image/file.py": "import os\nfd = os.open('x', os.O_RDONLY)\nopen('y')",
     "qcow2bm/bitmap/store.py": "from qcow2bm import __version__\nfrom qcow2bm.image import file",
-    "qcow2bm/check/passes/refcounts.py": "from ..model import Finding",
-    "qcow2bm/check/model.py": "",
+    "qcow2bm/checks/passes/refcounts.py": "from ..model import Finding",
+    "qcow2bm/checks/model.py": "",
     "qcow2bm/api.py": "def open(name): ...\ndef check(name):\n    with open(name): ...",
     "qcow2bm/cli/app.py": "import typer, rich.table\nfrom qcow2bm import api, errors\napi.open('x')",
 }
@@ -277,7 +277,7 @@ def test_a_sound_house_breaks_no_rule() -> None:
         ("qcow2bm/bitmap/store.py", "import builtins\nbuiltins.open('x')", "bitmap.store:2 opens a file"),
         ("qcow2bm/bitmap/store.py", "from pathlib import Path\nPath('x').open()", "bitmap.store:2 opens a file"),
         ("qcow2bm/bitmap/store.py", "path.read_bytes()", "bitmap.store:1 opens a file"),
-        ("qcow2bm/check/passes/mapping.py", "from . import refcounts", "know nothing of each other"),
+        ("qcow2bm/checks/passes/mapping.py", "from . import refcounts", "know nothing of each other"),
     ],
 )  # fmt: skip
 def test_a_broken_rule_is_named(path: str, source: str, complaint: str) -> None:
@@ -288,8 +288,8 @@ def test_a_broken_rule_is_named(path: str, source: str, complaint: str) -> None:
 def test_two_folders_of_one_floor_must_not_lean_on_each_other() -> None:
     house = {
         **SOUND,
-        "qcow2bm/chain/prove.py": "from qcow2bm.check import model",
+        "qcow2bm/chain/prove.py": "from qcow2bm.checks import model",
         "qcow2bm/chain/walk.py": "",
-        "qcow2bm/check/evidence.py": "from qcow2bm.chain import walk",
+        "qcow2bm/checks/evidence.py": "from qcow2bm.chain import walk",
     }
     assert any(line.startswith("circle: ") for line in broken_rules(house))

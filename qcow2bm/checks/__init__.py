@@ -1,0 +1,1 @@
+"""Everything that can be wrong with an image, found without changing a byte of it."""

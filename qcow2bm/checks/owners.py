@@ -1,0 +1,109 @@
+"""Who refers to a cluster: the second look at an image, at the few clusters that the first one found wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from ..format.entries import L2Entry, l1_offset, table_entries
+from ..format.text import decode_name
+from .census import PlainCensus
+from .model import Finding
+from .view import Root, View
+
+if TYPE_CHECKING:
+    from ..format.vectors import ClusterFilter
+
+_MOST_OWNERS = 8
+"""Owners that are named of one finding."""
+_MOST_CLUSTERS = 1 << 12
+"""Clusters whose owners are looked for, over all findings."""
+
+
+class OwnerSearch:
+    """Looks for the owners of the clusters of findings, all at once."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._geometry = view.geometry
+        self._owners: dict[int, list[str]] = {}
+        self._walked: set[int] = set()
+        self._filter: ClusterFilter | None = None
+
+    def find(self, findings: list[Finding]) -> dict[int, tuple[str, ...]]:
+        """Index in `findings` to the owners of its clusters, the first few of each."""
+        clusters = {index: self._clusters(finding) for index, finding in enumerate(findings)}
+        for wanted in clusters.values():
+            for cluster in wanted:
+                if len(self._owners) < _MOST_CLUSTERS:
+                    self._owners.setdefault(cluster, [])
+        if not self._owners:
+            return {}
+        view = self._view
+        for reference in chain(view.structures(), view.directory.references()):
+            self._note(reference.offset, reference.length, reference.owner)
+        for root in view.roots:
+            self._note_mapping(root)
+        return {
+            index: tuple(dict.fromkeys(owner for cluster in wanted for owner in self._owners.get(cluster, ())))
+            for index, wanted in clusters.items()
+            if wanted
+        }
+
+    def _clusters(self, finding: Finding) -> range:
+        """The clusters that a finding is about; none if it is not about clusters."""
+        first = finding.values.get("first")
+        return range(0) if first is None else range(first, first + min(finding.count, _MOST_OWNERS))
+
+    def _note(self, offset: int, length: int, owner: str) -> None:
+        if length <= 0 or self._view.census.reaches_outside(offset, length):
+            return
+        first, last = self._geometry.cluster_of(offset), self._geometry.cluster_of(offset + length - 1)
+        if last - first < len(self._owners):
+            touched = [cluster for cluster in range(first, last + 1) if cluster in self._owners]
+        else:
+            touched = [cluster for cluster in self._owners if first <= cluster <= last]
+        for cluster in touched:
+            if len(self._owners[cluster]) < _MOST_OWNERS:
+                self._owners[cluster].append(owner)
+
+    def _note_mapping(self, root: Root) -> None:
+        """The L2 tables of an L1 table and what their entries refer to."""
+        view, size = self._view, self._geometry.cluster_size
+        suffix = "" if root.snapshot is None else f" of snapshot {decode_name(root.snapshot.id)}"
+        for index, entry in enumerate(view.read_l1(root)):
+            offset = l1_offset(entry)
+            if not offset:
+                continue
+            start = index * self._geometry.l2_span
+            self._note(offset, size, f"the L2 table of guest offset {start:#x}{suffix}")
+            if offset in self._walked or view.header.has_data_file or offset >= view.file.size:
+                continue  # what a table shared with a snapshot refers to is said once
+            self._walked.add(offset)
+            if view.file.is_hole(offset, size):
+                continue
+            for place, reach in self._hits(view.file.read_padded(offset, size)):
+                guest = start + place * size
+                self._note(*reach, f"guest data at {guest:#x}{suffix}")
+
+    def _hits(self, table: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Entries of an L2 table that refer to a wanted cluster: index, and what they refer to."""
+        stride = self._geometry.l2_entry_words
+        values = table_entries(table)
+        for index in self._candidates(table):
+            entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
+            reach = entry.host_range(self._geometry)
+            if reach is not None:
+                yield index, reach
+
+    def _candidates(self, table: bytes) -> Iterator[int]:
+        """Indices of the entries to look at: in a large image those that numpy picks out."""
+        if isinstance(self._view.census, PlainCensus):
+            return iter(range(self._geometry.l2_entries))
+        from ..format.vectors import ClusterFilter, host_clusters
+
+        if self._filter is None:
+            self._filter = ClusterFilter(self._owners)
+        hits = self._filter.range_hits(*host_clusters(table, self._geometry))
+        return (index for index, _ in hits)

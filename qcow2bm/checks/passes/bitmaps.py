@@ -1,0 +1,126 @@
+"""The bitmaps extension, the bitmap directory, its entries and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...bitmap.store import State, StoredBitmap
+from ...format.bitmap_directory import BitmapFlag
+from ...format.entries import BitmapTableEntry
+from ...format.faults import Fault
+from ..census import Use
+from ..model import Finding, InQemu, Location
+from ..problems import found, from_fault
+from ..view import View
+
+_READ_ANYWAY = "bitmaps-extension-length"
+"""The one fault that QEMU looks for although the bitmaps are detached."""
+
+
+def directory(view: View) -> Iterator[Finding]:
+    """Extension, directory and tables as the format has them, detached ones too: what QEMU sees when it opens."""
+    found_in = view.directory
+    if found_in.damage is not None:
+        place = Location("bitmap directory" if found_in.pointer else "extensions")
+        silent = not found_in.attached and found_in.damage_code != _READ_ANYWAY
+        assert found_in.damage_code is not None
+        fault = Fault(found_in.damage_code, found_in.damage)
+        yield from_fault(fault, place, qemu=InQemu.SILENT if silent else None)
+    names: set[bytes] = set()
+    room = view.file.size // 8 + view.geometry.max_bitmap_table_entries
+    for index, bitmap in enumerate(found_in.bitmaps):
+        where = Location("bitmap directory", _directory_offset(view), index, bitmap=bitmap.name)
+        yield from _entry(view, bitmap, where, duplicate=bitmap.entry.name in names)
+        names.add(bitmap.entry.name)
+        room -= bitmap.entry.bitmap_table_size
+        if room < 0:
+            text = "the bitmap tables together are larger than the file: those from here on were not checked"
+            yield found("bitmap-tables-excessive", text, where)
+            view.complete = False
+            return
+        view.bitmaps.append(bitmap)
+        if not bitmap.entry.flags & BitmapFlag.IN_USE:
+            yield from _table_faults(view, bitmap)
+
+
+def clusters(view: View) -> Iterator[Finding]:
+    """The clusters that directory, tables and data take, and what QEMU sees of tables in its check."""
+    pointer = view.directory.pointer
+    if pointer is not None and view.directory.attached:
+        view.census.add(Use.BITMAP, pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
+    for index, bitmap in enumerate(view.bitmaps):
+        yield from _table(view, bitmap, index)
+        if bitmap.entry.flags & BitmapFlag.IN_USE:
+            yield from _table_faults(view, bitmap)
+
+
+def _directory_offset(view: View) -> int | None:
+    return view.directory.pointer.bitmap_directory_offset if view.directory.pointer else None
+
+
+def _entry(view: View, bitmap: StoredBitmap, where: Location, *, duplicate: bool) -> Iterator[Finding]:
+    attached, in_use = view.directory.attached, bool(bitmap.entry.flags & BitmapFlag.IN_USE)
+    silent = None if attached else InQemu.SILENT
+    for fault in bitmap.entry.faults(view.geometry):
+        nameless = fault.code == "bitmap-name" and not bitmap.entry.name  # which QEMU does not mind
+        yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=InQemu.SILENT if nameless else silent)
+    if duplicate:
+        ignored = InQemu.SILENT if in_use else silent  # QEMU skips one in use whose name it knows
+        yield found("bitmap-name-duplicate", f"a second bitmap is called '{bitmap.name}'", where, qemu=ignored)
+    if not attached:
+        text = f"bitmap '{bitmap.name}' is detached: the autoclear bit is off"
+        yield found("bitmap-detached", text, where)
+    elif in_use and bitmap.state is State.ACTIVE:
+        yield found("bitmap-active", f"bitmap '{bitmap.name}' is in use by a running VM", where)
+    elif in_use:
+        text = f"bitmap '{bitmap.name}' is marked in use, and nobody has the image open"
+        yield found("bitmap-inconsistent", text, where)
+
+
+def _may_be_read(view: View, bitmap: StoredBitmap) -> bool:
+    """False where the entry's faults have said already that there is no such table."""
+    offset, entries = bitmap.entry.bitmap_table_offset, bitmap.entry.bitmap_table_size
+    return view.geometry.may_start(offset, 8 * entries) and entries <= view.geometry.max_bitmap_table_entries
+
+
+def _table_faults(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
+    """Entries that break the format. QEMU loads tables as it opens the image, those in use only in its check."""
+    in_use = bitmap.entry.flags & BitmapFlag.IN_USE
+    qemu = (InQemu.FAILS if in_use else InQemu.REFUSES) if view.directory.attached else InQemu.SILENT
+    for place, entry in _entries(view, bitmap):
+        fault = entry.fault(view.geometry)
+        if fault is not None:
+            yield from_fault(fault, place, prefix=f"bitmap '{bitmap.name}': table ", qemu=qemu)
+
+
+def _entries(view: View, bitmap: StoredBitmap) -> Iterator[tuple[Location, BitmapTableEntry]]:
+    """The entries of a bitmap table that are not zero."""
+    offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
+    if not _may_be_read(view, bitmap) or view.file.is_hole(offset, length):
+        return
+    for index, value in enumerate(view.read_table(bitmap.entry)):
+        if value:
+            yield Location("bitmap table", offset + 8 * index, index, bitmap=bitmap.name), BitmapTableEntry(value)
+
+
+def _table(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+    """The clusters of one bitmap; counted if the bitmaps count."""
+    if not _may_be_read(view, bitmap):
+        return
+    attached, census, size = view.directory.attached, view.census, view.geometry.cluster_size
+    qemu = None if attached else InQemu.SILENT
+    offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
+    if census.reaches_outside(offset, length):
+        text = f"the table of bitmap '{bitmap.name}' ({length} bytes at {offset:#x}) lies outside the file"
+        where = Location("bitmap table", offset, index, bitmap=bitmap.name)
+        yield found("bitmap-table-outside", text, where, qemu=qemu, offset=offset, size=length)
+    elif attached:
+        census.add(Use.BITMAP, offset, length)
+    for place, entry in _entries(view, bitmap):
+        if not entry.offset or entry.fault(view.geometry) is not None:
+            continue
+        if census.reaches_outside(entry.offset, size):
+            text = f"data of bitmap '{bitmap.name}' at {entry.offset:#x} lies outside the file"
+            yield found("bitmap-data-outside", text, place, qemu=qemu, offset=entry.offset, size=size)
+        elif attached:
+            census.add(Use.BITMAP, entry.offset, size)

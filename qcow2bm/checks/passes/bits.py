@@ -1,0 +1,137 @@
+"""The bits of the bitmaps: what the format forbids or what wastes space, and what bitmaps tell about each other.
+
+Nothing here reads guest data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from bitarray import bitarray  # noqa: TC002 - loaded already, by `bitmap`
+from bitarray.util import zeros
+
+from ...bitmap.bits import BitVector
+from ...bitmap.granularity import coarsen
+from ...bitmap.store import State, StoredBitmap
+from ...format.entries import BitmapTableEntry, l1_offset, used_clusters
+from ..model import Finding, Location
+from ..problems import found
+from ..view import View
+
+_PIECE = 1 << 20
+
+
+def bitmap_data(view: View) -> Iterator[Finding]:
+    """Bits past the end of the disk, and data clusters that a table entry alone could stand for."""
+    for index, bitmap in enumerate(view.directory.bitmaps):
+        if bitmap.state in (State.READY, State.INCONSISTENT, State.DETACHED):
+            yield from _tail(view, bitmap, index)
+            if bitmap.state is State.READY:
+                yield from _needless(view, bitmap, index)
+
+
+def _tail(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+    geometry, table = view.geometry, view.read_table(bitmap.entry)
+    bits = geometry.bitmap_bits(bitmap.granularity)
+    last, within = divmod(bits - 1, 8 * geometry.cluster_size) if bits else (0, -1)
+    if last >= len(table):
+        return
+    offset = BitmapTableEntry(table[last]).offset
+    if not offset or offset >= view.file.size:
+        return
+    data = int.from_bytes(view.file.read_padded(offset, geometry.cluster_size), "little")
+    extra = (data >> within + 1).bit_count()
+    if extra:
+        where = Location("bitmap data", offset, index, bitmap=bitmap.name)
+        yield found("bitmap-tail-bits", f"bitmap '{bitmap.name}' has {extra} bits set past the end of the disk", where)
+
+
+def _needless(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+    size = view.geometry.cluster_size
+    constants = (bytes(size), b"\xff" * size)
+    needless, first = 0, 0
+    for value in view.read_table(bitmap.entry):
+        offset = BitmapTableEntry(value).offset
+        if offset and view.file.read_padded(offset, size) in constants:
+            needless, first = needless + 1, first or offset
+    if needless:
+        text = f"bitmap '{bitmap.name}' has {needless} data clusters that are all zero or all one"
+        where = Location("bitmap data", first, index, bitmap=bitmap.name)
+        yield found("bitmap-needless-clusters", text, where, count=needless)
+
+
+def nesting(view: View) -> Iterator[Finding]:
+    """Of two bitmaps that both recorded throughout, the older holds every bit of the newer one.
+
+    Which is older nobody has written down. But sorted by size each must be inside the next.
+    """
+    recording = [bitmap for bitmap in view.directory.bitmaps if bitmap.recording and bitmap.state is State.READY]
+    sized = sorted(recording, key=lambda bitmap: bitmap.bits.count() * bitmap.granularity)
+    for smaller, larger in pairwise(sized):
+        missing = _outside(view, smaller, larger)
+        if missing:
+            text = (
+                f"both record, but '{smaller.name}' has {missing} dirty granules that '{larger.name}' has not: one of "
+                "them was merged into, cleared or switched off for a while, or it misses writes"
+            )
+            yield found("bitmaps-not-nested", text, Location("bitmaps", bitmap=smaller.name))
+
+
+def _outside(view: View, inner: StoredBitmap, outer: StoredBitmap) -> int:
+    """Granules, of the coarser of the two granularities, that are dirty in `inner` but not in `outer`."""
+    common = max(inner.granularity, outer.granularity)
+    one, two = (_coarsened(view, bitmap, common) for bitmap in (inner, outer))
+    return one.union(two).count() - two.count()
+
+
+def _coarsened(view: View, bitmap: StoredBitmap, granularity: int) -> BitVector:
+    if bitmap.granularity == granularity:
+        return bitmap.bits
+    length = view.geometry.bitmap_bits(granularity)
+    ratio = granularity // bitmap.granularity
+    return bitmap.bits.resampled(length, view.geometry.cluster_size, 1, ratio)
+
+
+def overlay(view: View) -> Iterator[Finding]:
+    """All that an overlay holds was written since it was made: a recording bitmap of that age must hold it too."""
+    if view.image.backing_file is None:
+        return
+    recording = [bitmap for bitmap in view.directory.bitmaps if bitmap.recording and bitmap.state is State.READY]
+    if not recording:
+        return
+    held = _held(view)
+    for bitmap in recording:
+        granularity = max(bitmap.granularity, view.geometry.cluster_size)
+        missing = _not_dirty(held, _coarsened(view, bitmap, granularity), granularity // view.geometry.cluster_size)
+        if missing:
+            text = (
+                f"the overlay holds {missing} granules of {granularity} bytes that are clean in '{bitmap.name}': "
+                "it began after the overlay did, or was cleared since, or it misses writes"
+            )
+            yield found("bitmap-misses-overlay", text, Location("bitmaps", bitmap=bitmap.name), granules=missing)
+
+
+def _held(view: View) -> bitarray:
+    """One bit for each guest cluster about which the active disk says anything."""
+    geometry, size = view.geometry, view.geometry.cluster_size
+    clusters = geometry.clusters(geometry.virtual_size)
+    held = zeros(clusters, "little")
+    width = (geometry.l2_entry_size * 8).bit_length() - 1  # log2 of an entry's bits: each is taken for one number
+    for index, entry in enumerate(view.read_l1(view.roots[0])):
+        offset, first = l1_offset(entry), index * geometry.l2_entries
+        if first >= clusters:
+            break
+        if offset and offset < view.file.size and not view.file.is_hole(offset, size):
+            used = used_clusters(view.file.read_padded(offset, size), width)
+            held[first : first + len(used)] = used[: clusters - first]
+    return held
+
+
+def _not_dirty(held: bitarray, dirty: BitVector, ratio: int) -> int:
+    """Granules that are held but not dirty; `ratio` clusters make one."""
+    coarse = coarsen(held, ratio) if ratio > 1 else held
+    return sum(
+        (coarse[start : start + _PIECE] & ~dirty.slice(start, start + _PIECE)).count()
+        for start in range(0, len(coarse), _PIECE)
+    )

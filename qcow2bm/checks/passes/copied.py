@@ -1,0 +1,48 @@
+"""The copied flags of the active L1 and L2 entries: set where, and only where, the refcount on disk is exactly one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...format.entries import COPIED, L2Entry, l1_offset, table_entries
+from ..model import Finding, Location
+from ..problems import found
+from ..view import View
+
+
+def copied(view: View) -> Iterator[Finding]:
+    """Entries whose flag contradicts the refcount; what cannot be read is left out."""
+    geometry, root = view.geometry, view.roots[0]
+    done: set[int] = set()
+    for index, entry in enumerate(view.read_l1(root)):
+        offset = l1_offset(entry)
+        stored = view.stored.get(geometry.cluster_of(offset)) if offset else None
+        if stored is None:
+            continue
+        if (stored == 1) != bool(entry & COPIED):
+            start = index * geometry.l2_span
+            where = Location("active L1 table", root.offset + 8 * index, index, start, geometry.l2_span)
+            flag = "set" if entry & COPIED else "clear"
+            text = f"the copied flag of L1 entry {index} is {flag}, its L2 table's refcount is {stored}"
+            yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored)
+        if offset in view.miscopied and offset not in done:
+            done.add(offset)
+            yield from _table(view, offset, index, view.miscopied[offset])
+
+
+def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Finding]:
+    geometry, data_file = view.geometry, view.header.has_data_file
+    values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
+    for index, value in enumerate(values):
+        entry = L2Entry(value)
+        if not value or not entry.is_standard(geometry, data_file=data_file):
+            continue
+        stored = 1 if data_file else view.stored.get(geometry.cluster_of(entry.host_offset))
+        if stored is None or (stored == 1) == entry.copied:
+            continue
+        guest = l1_index * geometry.l2_span + index * geometry.cluster_size
+        place = offset + index * geometry.l2_entry_size
+        where = Location("L2 table", place, index, guest, geometry.cluster_size)
+        flag = "set" if entry.copied else "clear"
+        text = f"the copied flag of L2 entry {value:#x} is {flag}, its cluster's refcount is {stored}"
+        yield found("copied-l2", text, where, count=visits, entry=value, refcount=stored)

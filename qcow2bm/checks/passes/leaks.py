@@ -1,0 +1,135 @@
+"""Leaked clusters, and whose they were: bitmaps that are detached, or that nothing refers to any more.
+
+When a program that knows no bitmaps has written to an image, QEMU's next writer drops the bitmaps extension; an
+`amend` to version 2 does so at once. What is left are clusters with a refcount and no reference. Their directory still
+says what they are.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from ...errors import CorruptImageError
+from ...format.bitmap_directory import FIXED_LENGTH, MAX_ENTRY_LENGTH, BitmapEntry, parse_entry
+from ...format.entries import BitmapTableEntry
+from ...format.text import decode_name
+from ..census import Mismatch
+from ..clusters import mismatch
+from ..model import Finding
+from ..view import View
+
+_LOOKED_AT = 1 << 14
+"""Leaked clusters that are read to see whether they are a bitmap directory."""
+_OWNED = 1 << 20
+"""Clusters of lost bitmaps that are told apart from other leaks."""
+
+_Owned = dict[int, tuple[str, str]]
+"""Cluster to the code of its leak and the owner it had."""
+
+
+def leaks(view: View) -> Iterator[Finding]:
+    """The leaks that the comparison has left, in parts of one owner each."""
+    if not view.leaks:
+        return
+    owned = _detached(view) if not view.directory.attached else {}
+    if not owned:
+        owned = _lost(view)
+    known = sorted(owned)
+    for run in view.leaks:
+        for part, code, owner in _parts(run, owned, known):
+            yield mismatch(view, part, code, owner)
+
+
+def _parts(run: Mismatch, owned: _Owned, known: list[int]) -> Iterator[tuple[Mismatch, str | None, str]]:
+    """A run of leaks in parts of one owner each."""
+    start, stop = run.first, run.first + run.count
+    while start < stop:
+        place = bisect_left(known, start)
+        code, owner = owned.get(start, (None, ""))
+        end = start + 1
+        if code is None:  # up to the next cluster that somebody owned
+            end = min(stop, known[place]) if place < len(known) else stop
+        else:
+            while end < stop and owned.get(end) == (code, owner):
+                end += 1
+        yield Mismatch(start, end - start, run.stored, run.references), code, owner
+        start = end
+
+
+def _detached(view: View) -> _Owned:
+    """The clusters that the bitmaps refer to although the autoclear bit is off."""
+    owned: _Owned = {}
+    code = "leak-detached-bitmap"
+    pointer = view.directory.pointer
+    if pointer is not None:
+        place = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+        _own(view, owned, [place], code, " (the directory of the detached bitmaps)")
+    for bitmap in view.directory.bitmaps:
+        owner = f" (detached bitmap '{bitmap.name}')"
+        _own(view, owned, _places(view, bitmap.entry), code, owner)
+    return owned
+
+
+def _lost(view: View) -> _Owned:
+    """The clusters of bitmaps whose directory lies in a leaked cluster."""
+    owned: _Owned = {}
+    leaked = {run.first + number for run in view.leaks for number in range(min(run.count, _LOOKED_AT))}
+    for cluster in sorted(leaked)[:_LOOKED_AT]:
+        for entry in _lost_entries(view, cluster, leaked):
+            name = decode_name(entry.name)
+            place = view.geometry.offset_of(cluster), 1
+            _own(view, owned, [place], "leak-lost-bitmap", " (a lost bitmap directory)")
+            _own(view, owned, _places(view, entry), "leak-lost-bitmap", f" (lost bitmap '{name}')")
+    return owned
+
+
+def _lost_entries(view: View, cluster: int, leaked: set[int]) -> list[BitmapEntry]:
+    """The bitmap directory entries in a leaked cluster: none unless it begins with one that is sound in all points."""
+    found: list[BitmapEntry] = []
+    start, size = view.geometry.offset_of(cluster), view.geometry.cluster_size
+    window = min(size, 64 << 10)
+    data = view.file.read_padded(start, min(window, MAX_ENTRY_LENGTH))
+    if not data[:FIXED_LENGTH].strip(b"\0"):
+        return found
+    at = 0
+    while at + FIXED_LENGTH < window:
+        try:
+            entry = parse_entry(data, at)
+        except CorruptImageError:
+            break
+        if not _is_sound(view, entry) or view.geometry.cluster_of(entry.bitmap_table_offset) not in leaked:
+            break
+        found.append(entry)
+        at += entry.size
+        if len(data) < window:
+            data = view.file.read_padded(start, window)
+    return found
+
+
+def _is_sound(view: View, entry: BitmapEntry) -> bool:
+    """True if nobody would write such bytes by chance: sizes, flags, padding and name all fit."""
+    if any(entry.padding) or entry.extra_data or not entry.name or b"\0" in entry.name:
+        return False
+    return next(entry.faults(view.geometry), None) is None
+
+
+def _places(view: View, entry: BitmapEntry) -> Iterator[tuple[int, int]]:
+    """The host ranges of a bitmap's table and data."""
+    length = 8 * entry.bitmap_table_size
+    if not view.geometry.may_start(entry.bitmap_table_offset, length):
+        return
+    yield entry.bitmap_table_offset, length
+    if not view.file.is_hole(entry.bitmap_table_offset, length):
+        for value in view.read_table(entry):
+            offset = BitmapTableEntry(value).offset
+            if offset:
+                yield offset, view.geometry.cluster_size
+
+
+def _own(view: View, owned: _Owned, places: Iterable[tuple[int, int]], code: str, owner: str) -> None:
+    for offset, length in places:
+        if view.census.reaches_outside(offset, length) or len(owned) > _OWNED:
+            continue
+        for cluster in range(view.geometry.cluster_of(offset), view.geometry.cluster_of(offset + length - 1) + 1):
+            owned.setdefault(cluster, (code, owner))

@@ -1,0 +1,199 @@
+"""The guest's mapping: the active L1 table, those of the snapshots, and every L2 table once.
+
+All tables are counted first, in bulk. The tables with something odd in them are then read again, entry by entry, in
+the order of the L1 tables, so that findings come as a reader of the mapping would meet them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...format.entries import L1_RESERVED, L2Entry, l1_offset, table_entries
+from ...format.faults import Fault
+from ...format.header import Autoclear
+from ...format.limits import MAX_L1_ENTRIES
+from ..census import Use
+from ..model import Finding, Location
+from ..problems import found
+from ..view import Root, View
+from ..walk import TableWalk
+
+
+def mapping(view: View) -> Iterator[Finding]:
+    """Header, active L1 table, snapshots, and all their L2 tables. Leaves `roots`, `census` and `miscopied`."""
+    view.roots = list(_roots(view))
+    yield from _bounded(view)
+    walk = TableWalk(view)
+    walk.run()
+    view.miscopied = walk.miscopied
+    view.census.add(Use.STRUCTURE, 0, view.geometry.cluster_size)
+    done: set[int] = set()
+    for root in view.roots:
+        yield from _root(view, root, walk.suspects, done)
+        if root.snapshot is None and view.header.has_data_file and view.snapshots:
+            text = f"{len(view.snapshots)} snapshots in an image with a data file"
+            yield found("data-file-snapshots", text, Location("snapshot table"), snapshots=len(view.snapshots))
+
+
+def _roots(view: View) -> Iterator[Root]:
+    header = view.header
+    broken = next((fault for fault in view.faults if fault.code in ("l1-offset", "l1-size")), None)
+    yield Root(header.l1_table_offset, header.l1_size, None, broken)
+    for _, entry in view.snapshots:
+        fault = None
+        if not view.geometry.is_aligned(entry.l1_table_offset):
+            text = f"its L1 table's offset {entry.l1_table_offset:#x} is not a cluster's"
+            fault = Fault("snapshot-l1-unaligned", text)
+        elif entry.l1_size > MAX_L1_ENTRIES:
+            fault = Fault("snapshot-l1-size", f"its L1 table has {entry.l1_size} entries, which is above 32 MiB")
+        yield Root(entry.l1_table_offset, entry.l1_size, entry, fault)
+
+
+def _bounded(view: View) -> Iterator[Finding]:
+    """Leave out the tables after those that together are larger than the file could hold."""
+    room = view.file.size // 8 + MAX_L1_ENTRIES
+    for index, root in enumerate(view.roots):
+        if root.fault is None:
+            room -= root.entries
+        if room < 0:
+            text = "the L1 tables together are larger than the file: the snapshots from here on were not checked"
+            yield found("snapshot-l1-excessive", text, Location("L1 table", root.offset, index, snapshot=root.name))
+            del view.roots[index:]
+            view.complete = False
+            return
+
+
+def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: set[int]) -> Iterator[Finding]:
+    """One L1 table: itself, its entries, and its L2 tables that want a closer look and have not had one."""
+    table = "active L1 table" if root.snapshot is None else "L1 table of a snapshot"
+    where = Location(table, root.offset, snapshot=root.name)
+    if root.fault is not None:
+        if root.snapshot is not None:
+            text = f"snapshot {root.name}: {root.fault.message}"
+            yield found(root.fault.code, text, where, offset=root.offset, entries=root.entries)
+        return
+    if not view.census.add(Use.STRUCTURE, root.offset, 8 * root.entries):
+        code = "l1-outside" if root.snapshot is None else "snapshot-l1-outside"
+        text = f"the {table} ({8 * root.entries} bytes at {root.offset:#x}) lies outside the file"
+        yield found(code, text, where, offset=root.offset, size=8 * root.entries)
+    size, cut = view.geometry.cluster_size, view.geometry.cluster_size - 1
+    for index, entry in enumerate(view.read_l1(root)):
+        if not entry:
+            continue
+        offset = l1_offset(entry)
+        if not offset and not view.as_qemu:
+            continue  # the guest finds nothing there; qemu-img takes the header for an L2 table
+        odd = entry & L1_RESERVED or offset & cut
+        if not odd and offset + size <= view.file.size and offset not in suspects:
+            continue
+        place = replace(
+            where, host_offset=root.offset + 8 * index, index=index, guest_offset=index * view.geometry.l2_span,
+            guest_length=view.geometry.l2_span,
+        )  # fmt: skip
+        yield from _l1_entry(view, entry, place)
+        if offset in suspects and offset not in done:
+            done.add(offset)
+            yield from _l2_table(view, offset, place, sum(suspects[offset]))
+
+
+def _l1_entry(view: View, entry: int, where: Location) -> Iterator[Finding]:
+    offset = l1_offset(entry)
+    if entry & L1_RESERVED:
+        yield found("l1-entry-reserved", f"L1 entry {entry:#x} has reserved bits set", where, entry=entry)
+    if view.census.reaches_outside(offset, view.geometry.cluster_size):
+        text = f"an L2 table at {offset:#x} lies outside the file"
+        yield found("l2-outside", text, where, offset=offset, size=view.geometry.cluster_size)
+    if not view.geometry.is_aligned(offset):
+        yield found("l2-unaligned", f"an L2 table at {offset:#x} is not cluster-aligned", where, offset=offset)
+
+
+def _l2_table(view: View, offset: int, place: Location, visits: int) -> Iterator[Finding]:
+    """The entries of an L2 table that `visits` L1 entries name."""
+    geometry, stride = view.geometry, view.geometry.l2_entry_words
+    values = table_entries(view.file.read_padded(offset, geometry.cluster_size))
+    start = place.guest_offset or 0
+    for index in range(geometry.l2_entries):
+        entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
+        if not (entry.value or entry.bitmap):
+            continue
+        where = Location(
+            "L2 table", offset + index * geometry.l2_entry_size, index, start + index * geometry.cluster_size,
+            geometry.cluster_size, snapshot=place.snapshot,
+        )  # fmt: skip
+        yield from _l2_entry(view, entry, where, visits)
+
+
+def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Iterator[Finding]:
+    version, data_file = view.header.version, view.header.has_data_file
+    for fault in entry.faults(view.geometry, version=version, data_file=data_file):
+        yield found(
+            fault.code, fault.message, where, count=visits, entry=entry.value, offset=entry.host_offset,
+            index=where.index or 0, coffset=entry.value & (1 << view.geometry.compressed_offset_bits) - 1,
+        )  # fmt: skip
+    if entry.is_compressed and entry.bitmap:
+        return
+    reach = entry.host_range(view.geometry, data_file=data_file)
+    if reach is None or (entry.is_compressed and data_file) or not view.census.reaches_outside(*reach):
+        return
+    code, what = ("compressed-outside", "compressed") if entry.is_compressed else ("data-outside", "data")
+    text = f"a {what} cluster ({reach[1]} bytes at {reach[0]:#x}) lies outside the file"
+    yield found(code, text, where, count=visits, offset=reach[0], size=reach[1])
+
+
+def past_end(view: View) -> Iterator[Finding]:
+    """Clusters mapped where the disk has already ended."""
+    geometry, root = view.geometry, view.roots[0]
+    for index, entry in enumerate(view.read_l1(root)):
+        first = max(0, geometry.clusters(geometry.virtual_size) - index * geometry.l2_entries)
+        offset = l1_offset(entry)
+        if first >= geometry.l2_entries or not offset or offset >= view.file.size:
+            continue
+        tail = view.file.read_padded(offset, geometry.cluster_size)[first * geometry.l2_entry_size :]
+        if not any(tail):
+            continue
+        start = index * geometry.l2_span + first * geometry.cluster_size
+        where = Location("L2 table", offset, index, start, geometry.l2_span - first * geometry.cluster_size)
+        used = sum(1 for value in table_entries(tail)[:: geometry.l2_entry_words] if value)
+        yield found("mapping-past-end", f"{used} clusters are mapped past the end of the disk", where, count=used)
+
+
+def raw_data_file(view: View) -> Iterator[Finding]:
+    """A raw data file is the disk as it is: every cluster of it lies where the guest has it."""
+    if not (view.header.has_data_file and view.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA):
+        return
+    geometry, stride = view.geometry, view.geometry.l2_entry_words
+    for l1_index, l1_entry in enumerate(view.read_l1(view.roots[0])):
+        offset = l1_offset(l1_entry)
+        if not offset or offset >= view.file.size or view.file.is_hole(offset, geometry.cluster_size):
+            continue
+        start = l1_index * geometry.l2_span
+        values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[::stride]
+        for index, value in enumerate(values):
+            entry, guest = L2Entry(value), start + index * geometry.cluster_size
+            if not value or entry.host_offset == guest or not entry.is_standard(geometry, data_file=True):
+                continue
+            where = Location(
+                "L2 table", offset + index * geometry.l2_entry_size, index, guest, geometry.cluster_size
+            )  # fmt: skip
+            text = f"guest offset {guest:#x} lies at {entry.host_offset:#x} of a raw data file"
+            yield found("data-file-raw-offset", text, where, entry=value)
+
+
+def structures(view: View) -> Iterator[Finding]:
+    """Snapshot table, refcount table and encryption header as clusters in use."""
+    header, census = view.header, view.census
+    if not census.add(Use.STRUCTURE, header.snapshots_offset, view.snapshots_length):
+        text = f"the snapshot table ({view.snapshots_length} bytes at {header.snapshots_offset:#x}) is outside the file"
+        place = Location("snapshot table", header.snapshots_offset)
+        yield found("snapshot-table-outside", text, place, offset=header.snapshots_offset, size=view.snapshots_length)
+    length = 8 * len(view.stored.table)
+    if not census.add(Use.STRUCTURE, header.refcount_table_offset, length):
+        text = f"the refcount table ({length} bytes at {header.refcount_table_offset:#x}) lies outside the file"
+        place = Location("refcount table", header.refcount_table_offset)
+        yield found("refcount-table-outside", text, place, offset=header.refcount_table_offset, size=length)
+    pointer = view.crypto_header
+    if pointer is not None and not census.add(Use.STRUCTURE, pointer.offset, pointer.length):
+        text = f"the encryption header ({pointer.length} bytes at {pointer.offset:#x}) lies outside the file"
+        place = Location("encryption header", pointer.offset)
+        yield found("encryption-header-outside", text, place, offset=pointer.offset, size=pointer.length)

@@ -1,0 +1,58 @@
+"""The table of internal snapshots; their L1 tables are walked with the active one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...errors import CorruptImageError
+from ...format.snapshot_table import SnapshotEntry, parse_snapshots
+from ...format.text import decode_name
+from ..model import Finding, Location
+from ..problems import found, from_fault
+from ..view import View, unreadable
+
+_NEEDED = 16
+"""Bytes of extra data that version 3 needs: VM state size and disk size."""
+
+
+def snapshot_table(view: View) -> Iterator[Finding]:
+    """Read the table as far as it goes. Leaves `snapshots` and `snapshots_length`."""
+    header = view.header
+    if any(fault.code in ("snapshot-count", "snapshot-table-offset") for fault in view.faults):
+        view.complete = False
+        return
+    try:
+        for offset, entry in parse_snapshots(view.file.read_padded, header.snapshots_offset, header.nb_snapshots):
+            view.snapshots.append((offset, entry))
+            view.snapshots_length = offset + entry.size - len(entry.padding) - header.snapshots_offset
+    except CorruptImageError as error:
+        view.complete = False
+        index = len(view.snapshots)
+        place = Location("snapshot table", header.snapshots_offset, index)
+        finding = from_fault(unreadable(error), place)
+        yield found(finding.code, finding.message, place, index=index, left=header.nb_snapshots - index)
+    yield from _entries(view)
+
+
+def _entries(view: View) -> Iterator[Finding]:
+    ids: set[bytes] = set()
+    for index, (offset, entry) in enumerate(view.snapshots):
+        where = Location("snapshot table", offset, index, snapshot=decode_name(entry.name))
+        if view.header.version >= 3 and len(entry.extra_data) < _NEEDED:
+            text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
+            yield found("snapshot-incomplete", text, where, index=index)
+        if not entry.id or entry.id in ids:
+            text = f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
+            yield found("snapshot-id", text, where)
+        ids.add(entry.id)
+        yield from _too_small(view, entry, where)
+
+
+def _too_small(view: View, entry: SnapshotEntry, where: Location) -> Iterator[Finding]:
+    size = entry.virtual_size
+    if size is None or size >= 1 << 63:
+        return
+    needed = -(-size // view.geometry.l2_span)
+    if entry.l1_size < needed:
+        text = f"its L1 table has {entry.l1_size} entries, its disk of {size} bytes needs {needed}"
+        yield found("snapshot-l1-too-small", text, where)

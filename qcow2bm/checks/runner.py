@@ -1,0 +1,192 @@
+"""A check from beginning to end: open, run the passes in order, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from ..errors import naming
+from ..format.faults import Weight
+from ..format.header import Header
+from ..image.file import ImageFile
+from ..image.references import Kind
+from .model import Allocation, Finding, Report, Tally
+from .owners import OwnerSearch
+from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
+from .view import Progress, View, damaged_image, opened, read_header
+
+DEFAULT_LIMIT = 100
+"""Findings of each problem that are kept."""
+
+_SHARED = frozenset({"clusters-shared", "metadata-overlap", "bitmap-clusters-shared"})
+_OF_CLUSTERS = _SHARED | {"refcount-too-low"}
+
+
+Passes = tuple[Callable[[View], Iterator[Finding]], ...]
+
+OPENING: Passes = (
+    header.header,
+    header.extensions,
+    storage.data_file,
+    storage.encryption,
+    bitmaps.directory,
+)
+"""What QEMU looks at when it opens an image, and may refuse it for."""
+
+CHECKING: Passes = (
+    snapshots.snapshot_table,
+    mapping.mapping,
+    mapping.structures,
+    bitmaps.clusters,
+    refcounts.refcount_blocks,
+    refcounts.refcounts,
+    copied.copied,
+)
+"""What `qemu-img check` looks at, in the order of `qcow2_co_check_locked`: so the findings come in its order."""
+
+BEYOND: Passes = (
+    leaks.leaks,
+    mapping.past_end,
+    mapping.raw_data_file,
+    bits.bitmap_data,
+    bits.nesting,
+    bits.overlay,
+)
+"""What it does not ask."""
+
+
+def check(
+    path: str | os.PathLike[str],
+    *,
+    force_share: bool = False,
+    use_locks: bool = True,
+    owners: bool = False,
+    limit: int | None = DEFAULT_LIMIT,
+    progress: Progress = lambda _done, _total: None,
+) -> Report:
+    """Check an image and its bitmaps. Reads metadata and bitmaps, never guest data; never writes.
+
+    Args:
+        force_share: check an image that a VM writes to; what is found may be stale.
+        use_locks: False takes no locks at all.
+        owners: find out who refers to each wrong cluster; for shared clusters that is always done.
+        limit: findings of each problem to keep; all are counted. None keeps all.
+        progress: called with bytes of L2 tables read, and to read.
+
+    Raises:
+        NotQcow2Error: no qcow2 image.
+        UnsupportedImageError: a version that is not known.
+        InUseError: another process writes to it, and `force_share` is off.
+        InterruptedChangeError: a change was cut short and must be settled first.
+        ImageIOError: the operating system refused.
+    """
+    tally = Tally(limit)
+    with inspecting(path, force_share=force_share, use_locks=use_locks, progress=progress) as inspection:
+        for finding in chain(inspection.early, inspection.findings(OPENING + CHECKING + BEYOND)):
+            tally.add(finding)
+        view = inspection.view
+        if view is not None:
+            _name_owners(view, tally, everything=owners)
+            return _report(tally, complete=view.complete, locked=inspection.locked, allocation=_allocation(view))
+        return _report(tally, complete=False, locked=inspection.locked, allocation=Allocation())
+
+
+@dataclass(slots=True)
+class Inspection:
+    """An image under check.
+
+    Attributes:
+        header: the header's fields, not judged.
+        early: what was found before there was anything to run passes on.
+        view: what the passes saw; None if the header is beyond reading.
+    """
+
+    path: Path
+    locked: bool
+    header: Header
+    early: tuple[Finding, ...] = ()
+    view: View | None = None
+
+    def findings(self, passes: Passes) -> Iterator[Finding]:
+        """Run passes, one after the other, as their findings are asked for."""
+        if self.view is None:
+            return
+        for run in passes:
+            with naming(self.path):
+                yield from run(self.view)
+
+
+@contextlib.contextmanager
+def inspecting(
+    path: str | os.PathLike[str],
+    *,
+    force_share: bool = False,
+    use_locks: bool = True,
+    as_qemu: bool = False,
+    progress: Progress = lambda _done, _total: None,
+) -> Iterator[Inspection]:
+    """Open an image for a check, however damaged it is.
+
+    Args:
+        as_qemu: count as qemu-img does even where that makes no sense.
+
+    Raises:
+        Qcow2bmError: as `check`.
+    """
+    with opened(path, force_share=force_share, use_locks=use_locks) as (file, locked):
+        with naming(Path(path)):
+            inspection = _inspection(file, locked=locked, as_qemu=as_qemu, progress=progress)
+        yield inspection
+
+
+def _inspection(file: ImageFile, *, locked: bool, as_qemu: bool, progress: Progress) -> Inspection:
+    fields, data = read_header(file)
+    faults = tuple(fields.faults())
+    if any(fault.weight is Weight.FATAL for fault in faults):
+        return Inspection(file.path, locked, fields, early=tuple(header.header_faults(faults)))
+    image = damaged_image(file, fields, data, locked=locked)
+    return Inspection(file.path, locked, fields, view=View(image, faults, as_qemu=as_qemu, progress=progress))
+
+
+def _name_owners(view: View, tally: Tally, *, everything: bool) -> None:
+    """Say of the kept findings about clusters who refers to them."""
+    wanted = _OF_CLUSTERS if everything else _SHARED
+    chosen = [index for index, finding in enumerate(tally.kept) if finding.code in wanted]
+    if not chosen or not view.roots:
+        return
+    owners = OwnerSearch(view).find([tally.kept[index] for index in chosen])
+    for number, index in enumerate(chosen):
+        tally.kept[index] = replace(tally.kept[index], owners=owners.get(number, ()))
+
+
+def _report(tally: Tally, *, complete: bool, locked: bool, allocation: Allocation) -> Report:
+    return Report(tuple(tally.kept), dict(tally.counts), dict(tally.severities), allocation, complete, locked)
+
+
+def _allocation(view: View) -> Allocation:
+    """The statistics, with the bytes of each kind of cluster and of each bitmap."""
+    size = view.geometry.cluster_size
+    bitmaps_used = {bitmap.name: bitmap.bytes_on_disk for bitmap in view.bitmaps}
+    taken = {
+        Kind.HEADER: 1,
+        Kind.L2_TABLES: view.l2_tables,
+        Kind.GUEST_DATA: view.census.guest,
+        Kind.BITMAPS: sum(bitmaps_used.values()) // size,
+    }
+    taken |= dict.fromkeys((kind for kind in Kind if kind not in taken), 0)
+    for reference in view.structures():
+        if reference.kind in (Kind.REFCOUNTS, Kind.L1_TABLES, Kind.SNAPSHOT_TABLE, Kind.ENCRYPTION_HEADER):
+            taken[reference.kind] += view.geometry.clusters(reference.length)
+    pointer = view.directory.pointer
+    if pointer is not None:
+        taken[Kind.BITMAPS] += view.geometry.clusters(pointer.bitmap_directory_size)
+    return replace(
+        view.allocation,
+        total=view.geometry.clusters(view.geometry.virtual_size),
+        kinds={kind: taken[kind] * size for kind in Kind},
+        bitmaps=bitmaps_used,
+    )

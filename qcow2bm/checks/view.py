@@ -1,0 +1,185 @@
+"""An image as a check sees it: read-only, however damaged, and what one pass leaves for the next.
+
+A pass takes what it needs from here and leaves what it found out in the attributes that say so; passes never import
+each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bitmap.store import BitmapDirectory, StoredBitmap
+from ..errors import CorruptImageError, LockingUnavailableError, naming
+from ..format.bitmap_directory import BitmapEntry
+from ..format.entries import table_entries
+from ..format.extensions import CryptoHeaderPointer, ExtensionArea
+from ..format.faults import Fault
+from ..format.header import MAGIC, Header
+from ..format.limits import MAX_CLUSTER_BITS, MAX_L1_ENTRIES
+from ..format.snapshot_table import SnapshotEntry
+from ..format.text import decode_name
+from ..image import lock
+from ..image.file import ImageFile
+from ..image.image import Qcow2Image, settle_interrupted
+from ..image.references import Kind, Reference, l1_owner, structures
+from .census import Census, Mismatch, PlainCensus
+from .model import Allocation
+from .stored import StoredRefcounts
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """An L1 table: of the active disk, or of a snapshot. `entries` counts; `fault` says why it is not walked."""
+
+    offset: int
+    entries: int
+    snapshot: SnapshotEntry | None = None
+    fault: Fault | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The snapshot as QEMU's messages have it."""
+        entry = self.snapshot
+        return None if entry is None else f"{decode_name(entry.id)} ({decode_name(entry.name)})"
+
+
+class View:
+    """What passes read, and what they leave for each other.
+
+    Attributes:
+        image: file, header, extensions and geometry; nothing of it has been judged.
+        faults: what is wrong with the header and the extensions' area as such.
+        as_qemu: count what qemu-img counts, where it counts what is not there.
+        progress: called with bytes of L2 tables read, and to read.
+        snapshots: left by the snapshot table's pass: offset in the file and entry.
+        snapshots_length: bytes of the snapshot table, as far as it could be read.
+        roots: left by the mapping's pass: all L1 tables.
+        census: the references; complete when the refcounts are compared.
+        l2_tables: left by the mapping: how many there are.
+        miscopied: left by the mapping: L2 tables of the active disk with a copied flag that contradicts the refcount,
+            each with how many L1 entries name it.
+        directory: the bitmaps, as far as they can be read.
+        bitmaps: left by the directory's pass: those whose tables are looked at.
+        allocation: statistics, left by several passes.
+        leaks: runs of clusters without any reference, left for the pass that names them.
+        complete: False once a pass had to leave something out.
+    """
+
+    def __init__(self, image: Qcow2Image, faults: tuple[Fault, ...], *, as_qemu: bool, progress: Progress) -> None:
+        self.image = image
+        self.file = image.file
+        self.header = image.header
+        self.geometry = image.geometry
+        self.faults = faults
+        self.as_qemu = as_qemu
+        self.progress = progress
+        self.snapshots: list[tuple[int, SnapshotEntry]] = []
+        self.snapshots_length = 0
+        self.roots: list[Root] = []
+        self.stored = StoredRefcounts.read(image)
+        self.census: Census = PlainCensus(
+            self.geometry, self.file.size, self.stored, data_file=self.header.has_data_file
+        )
+        self.directory = BitmapDirectory(image)
+        self.l2_tables = 0
+        self.miscopied: dict[int, int] = {}
+        self.bitmaps: list[StoredBitmap] = []
+        self.allocation = Allocation()
+        self.leaks: list[Mismatch] = []
+        self.complete = True
+
+    def structures(self) -> Iterator[Reference]:
+        """Everything but L2 tables, guest data and bitmaps, as ranges with an owner."""
+        yield from structures(self.image, self.stored.table, self.crypto_header)
+        offset, length = self.header.snapshots_offset, self.snapshots_length
+        yield Reference(offset, length, Kind.SNAPSHOT_TABLE, "the snapshot table")
+        for root in self.roots:
+            if root.fault is None:
+                yield Reference(root.offset, 8 * root.entries, Kind.L1_TABLES, l1_owner(root.snapshot))
+
+    def read_l1(self, root: Root) -> array[int]:
+        """An L1 table as native integers; zeroes past the end of the file, nothing if it cannot be one."""
+        if root.fault is not None or root.entries > MAX_L1_ENTRIES:
+            return array("Q")
+        length = 8 * root.entries
+        if self.file.is_hole(root.offset, length) or root.offset >= self.file.size:
+            return array("Q")
+        return table_entries(self.file.read_padded(root.offset, length))
+
+    @property
+    def crypto_header(self) -> CryptoHeaderPointer | None:
+        """Where the LUKS header lies, if that can be told."""
+        try:
+            return self.image.crypto_header
+        except CorruptImageError:
+            return None
+
+    def read_table(self, entry: BitmapEntry) -> array[int]:
+        """A bitmap table as native integers; zeroes past the end of the file, nothing if its size is impossible."""
+        size = entry.bitmap_table_size
+        if size > self.geometry.max_bitmap_table_entries:
+            return array("Q")
+        return table_entries(self.file.read_padded(entry.bitmap_table_offset, 8 * size))
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | os.PathLike[str], *, force_share: bool = False, use_locks: bool = True
+) -> Iterator[tuple[ImageFile, bool]]:
+    """An image file open as a reader's, and whether a lock protects it.
+
+    Raises:
+        NotQcow2Error: it does not begin as a qcow2 image.
+        InUseError: another process writes to it, and `force_share` is off.
+        InterruptedChangeError: a change of ours was cut short and must be settled first.
+        ImageIOError: the operating system refused.
+    """
+    file = ImageFile.open(path)
+    try:
+        with naming(Path(path)):
+            locked = use_locks and _lock(file, force_share=force_share)
+            settle_interrupted(file, writable=False)
+            yield file, locked and not force_share
+    finally:
+        file.close()
+
+
+def _lock(file: ImageFile, *, force_share: bool) -> bool:
+    try:
+        lock.acquire(file.fd, lock.LockMode.FORCED_READER if force_share else lock.LockMode.READER)
+    except LockingUnavailableError:
+        return False
+    return True
+
+
+def read_header(file: ImageFile) -> tuple[Header, bytes]:
+    """The header, not judged, and the bytes it stands in; as QEMU reads, with zeroes where the file ends too early.
+
+    Raises:
+        NotQcow2Error, UnsupportedImageError: as `Header.parse`.
+    """
+    data = file.read_at(0, min(1 << MAX_CLUSTER_BITS, file.size))
+    return Header.parse(data.ljust(1 << MAX_CLUSTER_BITS, b"\0") if data[: len(MAGIC)] == MAGIC else data), data
+
+
+def damaged_image(file: ImageFile, header: Header, data: bytes, *, locked: bool) -> Qcow2Image:
+    """An image whose header has no fatal fault, open although it may have others."""
+    size = header.geometry.cluster_size
+    file.slack = size
+    head = data[:size].ljust(size, b"\0")
+    limit = header.backing_file_offset if 0 < header.backing_file_offset <= size else size
+    extensions = ExtensionArea.parse(head, header.header_length, limit)
+    return Qcow2Image(file, head, header, extensions, locked=locked)
+
+
+def unreadable(error: CorruptImageError) -> Fault:
+    """What a parser raised, as the fault it is."""
+    assert error.code is not None, f"no problem has been named for: {error.message}"
+    return Fault(error.code, error.message)

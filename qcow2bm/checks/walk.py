@@ -1,0 +1,136 @@
+"""Every L2 table once, however many L1 tables name it, in batches of those that are named equally often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..format.entries import l1_offset
+from .census import Batch
+from .view import Root, View
+
+_BATCH = 128 << 10
+"""Bytes of L2 tables that are read at once."""
+_PLAIN_ENTRIES = 1 << 14
+_PLAIN_BLOCKS = 64
+"""L2 entries and refcount blocks up to which plain Python is faster than loading numpy."""
+
+Groups = Sequence[tuple[int, int, Sequence[int]]]
+"""How many entries of the active L1 table and of others name some tables, and their offsets, sorted."""
+
+
+class TableWalk:
+    """Counts all L2 tables of an image and what they refer to. `run` does it.
+
+    Attributes:
+        suspects: offsets of the tables to look at entry by entry, each with how many entries of the active L1 table
+            and of others name it.
+        miscopied: offsets of the tables of the active disk with copied flags that contradict the refcounts, each with
+            how many entries of the active L1 table name it.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._geometry = view.geometry
+        self.suspects: dict[int, tuple[int, int]] = {}
+        self.miscopied: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Choose the census, fill it, and leave the statistics in the view."""
+        view = self._view
+        groups = self._groups()
+        tables = [(active, others, list(self._present(offsets))) for active, others, offsets in groups]
+        entries = sum(len(offsets) for _, _, offsets in tables) * self._geometry.l2_entries
+        if entries > _PLAIN_ENTRIES or self._many_blocks():
+            from .bulk import BulkCensus
+
+            data_file = view.header.has_data_file
+            view.census = BulkCensus(self._geometry, view.file.size, view.stored, data_file=data_file, entries=entries)
+        view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
+        for active, others, offsets in groups:
+            view.census.add_l2_tables(offsets, active + others)
+        total = sum(len(offsets) for _, _, offsets in tables) * self._geometry.cluster_size
+        done = 0
+        for active, others, offsets in tables:
+            for batch in self._batches(offsets, active, others):
+                self._count(batch)
+                done += len(batch.data)
+                view.progress(done, total)
+
+    def _many_blocks(self) -> bool:
+        """True if so many refcounts are there that comparing them one by one would take long."""
+        return sum(1 for _ in self._view.stored.indices()) > _PLAIN_BLOCKS
+
+    def _count(self, batch: Batch) -> None:
+        facts = self._view.census.add_tables(batch)
+        old, active = self._view.allocation, batch.active
+        self._view.allocation = replace(
+            old,
+            allocated=old.allocated + active * facts.allocated,
+            fragmented=old.fragmented + active * facts.fragmented,
+            compressed=old.compressed + active * facts.compressed,
+        )
+        for index in facts.suspects:
+            self.suspects[batch.offsets[index]] = active, batch.others
+        for index in facts.miscopied:
+            self.miscopied[batch.offsets[index]] = active
+
+    # Which tables
+
+    def _groups(self) -> Groups:
+        roots = [root for root in self._view.roots if root.fault is None]
+        if sum(root.entries for root in roots) > _PLAIN_ENTRIES:
+            return self._groups_in_bulk(roots)
+        named: dict[int, list[int]] = {}
+        for root in roots:
+            for entry in self._view.read_l1(root):
+                if entry and (l1_offset(entry) or self._view.as_qemu):
+                    named.setdefault(l1_offset(entry), [0, 0])[root.snapshot is not None] += 1
+        groups: dict[tuple[int, int], list[int]] = {}
+        for offset in sorted(named):
+            active, others = named[offset]
+            groups.setdefault((active, others), []).append(offset)
+        return [(active, others, offsets) for (active, others), offsets in groups.items()]
+
+    def _groups_in_bulk(self, roots: list[Root]) -> Groups:
+        from ..format.vectors import weigh_tables
+
+        views = ((self._view.read_l1(root), root.snapshot is None) for root in roots)
+        found = weigh_tables(views)
+        if self._view.as_qemu:
+            return found
+        return [(active, others, [offset for offset in offsets if offset]) for active, others, offsets in found]
+
+    def _present(self, offsets: Sequence[int]) -> Iterator[int]:
+        """The tables that may hold entries: those in holes and past the end of the file are all zeroes."""
+        file, size = self._view.file, self._geometry.cluster_size
+        data = 0
+        for offset in offsets:
+            if offset + size <= data or offset >= file.size:
+                continue
+            if offset >= data:
+                data = file.next_data(offset)
+                if offset + size <= data:
+                    continue
+                data = offset
+            yield offset
+
+    def _batches(self, offsets: Sequence[int], active: int, others: int) -> Iterator[Batch]:
+        size = self._geometry.cluster_size
+        at_once = max(1, _BATCH // size)
+        for start in range(0, len(offsets), at_once):
+            chosen = offsets[start : start + at_once]
+            parts = [self._view.file.read_padded(first, length) for first, length in _joined(chosen, size)]
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            yield Batch(chosen, memoryview(data), active, others)
+
+
+def _joined(offsets: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Tables that follow each other as one range."""
+    first, length = offsets[0], 0
+    for offset in offsets:
+        if offset != first + length:
+            yield first, length
+            first, length = offset, 0
+        length += size
+    yield first, length

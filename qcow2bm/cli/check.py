@@ -1,0 +1,185 @@
+"""`qcow2bm check`: is an image sound, and are its bitmaps?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..checks.model import Allocation, Finding, Location, Problem, Report, Severity
+from ..checks.problems import PROBLEMS
+from ..checks.runner import DEFAULT_LIMIT
+from ..checks.runner import check as check_image
+from ..errors import Qcow2bmError
+from .failures import worst
+from .list import ImagesArgument
+from .options import ForceShareOption, OutputOption, ProgressOption
+from .output import Cell, JsonObject, Output, complain, print_json, print_pairs, warn
+from .progress import ProgressBar
+from .sizes import human_size, percent
+from .terminal import painted, printable
+
+OwnersOption = Annotated[
+    bool,
+    typer.Option("--owners", help="Say of every wrong cluster who refers to it.", show_default=False),
+]
+LimitOption = Annotated[
+    int,
+    typer.Option("--max-findings", metavar="N", min=0, help="Findings of each problem to keep; all are counted."),
+]
+
+JSON_VERSION = 1
+_SHOWN = 3
+"""Findings of each problem that are shown for reading."""
+_COLOURS = {Severity.CORRUPTION: "red", Severity.UNKNOWN: "red", Severity.BITMAP: "yellow", Severity.LEAK: "yellow"}
+_VERDICTS = {
+    None: "clean",
+    Severity.HINT: "clean",
+    Severity.WARNING: "clean",
+    Severity.LEAK: "leaked clusters, no harm to data",
+    Severity.BITMAP: "a bitmap cannot be relied on; data and refcounts are fine",
+    Severity.UNKNOWN: "cannot be judged",
+    Severity.CORRUPTION: "corrupt",
+}
+
+
+def check(
+    images: ImagesArgument,
+    *,
+    owners: OwnersOption = False,
+    max_findings: LimitOption = DEFAULT_LIMIT,
+    force_share: ForceShareOption = False,
+    output: OutputOption = Output.HUMAN,
+    progress: ProgressOption = None,
+) -> int:
+    """Check images and their bitmaps for every corruption, leak and fault. Never writes.
+
+    Each image is judged by itself, and the worst exit status counts: 0 clean, 2 corrupt, 3 leaked clusters only,
+    4 data and refcounts are fine but a bitmap is unusable, 75 in use. Guest data is not read, and neither the backing
+    file nor an external data file is opened.
+    """
+    documents, statuses = [], []
+    for path in images:
+        try:
+            with ProgressBar(wanted=progress) as bar:
+                report = check_image(path, owners=owners, limit=max_findings, force_share=force_share, progress=bar)
+        except Qcow2bmError as error:
+            complain(error)
+            problem = {"message": error.message, "hint": error.hint}
+            documents.append({"image": str(path), "status": error.exit_status, "error": problem})
+            statuses.append(error.exit_status)
+            continue
+        if not report.locked:
+            warn("read without keeping writers out: what is found may be stale", path)
+        statuses.append(report.exit_status)
+        if output is Output.JSON:
+            documents.append(_document(path, report))
+        else:
+            _print(path, report)
+    if output is Output.JSON:
+        print_json({"version": JSON_VERSION, "images": documents})
+    return worst(statuses)
+
+
+# For reading
+
+
+def _print(path: Path, report: Report) -> None:
+    """The verdict, then the problems, worst first: what was found, what it means, what to do."""
+    colour = _COLOURS.get(report.worst or Severity.HINT, "green")
+    print(f"{painted(printable(path), 'bold')}: {painted(_VERDICTS[report.worst], colour)}")
+    if not report.complete:
+        print("  part of the image could not be checked: see below")
+    for problem, findings in _by_problem(report):
+        count = report.counts[problem.code]
+        head = f"{problem.severity.value} {problem.code}" + (f" ({count})" if count > 1 else "")
+        print(f"\n  {painted(head, _COLOURS.get(problem.severity))}: {problem.title}")
+        for finding in findings[:_SHOWN]:
+            print(f"    {printable(finding.message)}")
+            for owner in finding.owners:
+                print(f"      used by {printable(owner)}")
+        hidden = count - sum(finding.count for finding in findings[:_SHOWN])
+        if hidden > 0:
+            print(f"    and {hidden} more")
+        print(f"    means: {problem.meaning}")
+        print(f"    do:    {problem.advice}")
+    print()
+    print_pairs(_summary(report.allocation), indent="  ")
+
+
+def _by_problem(report: Report) -> Iterator[tuple[Problem, list[Finding]]]:
+    kept: dict[str, list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        kept[finding.code].append(finding)
+    order = list(Severity)
+    for code in sorted(report.counts, key=lambda code: order.index(PROBLEMS[code].severity)):
+        yield PROBLEMS[code], kept[code]
+
+
+def _summary(allocation: Allocation) -> Iterator[tuple[str, str | Cell]]:
+    used = allocation.allocated
+    yield (
+        "allocated",
+        f"{used} of {allocation.total} clusters ({percent(used, allocation.total)}), "
+        f"{percent(allocation.fragmented, used)} fragmented, {percent(allocation.compressed, used)} compressed",
+    )
+    yield "image ends at", human_size(allocation.image_end_offset)
+    for kind, size in allocation.kinds.items():
+        if size:
+            yield kind.value, human_size(size)
+    for name, size in allocation.bitmaps.items():
+        yield f"  {name}", human_size(size)
+
+
+# For programs
+
+
+def _document(path: Path, report: Report) -> JsonObject:
+    return {
+        "image": str(path),
+        "status": report.exit_status,
+        "verdict": report.worst.value if report.worst is not None else "clean",
+        "complete": report.complete,
+        "stale": not report.locked,
+        "severities": {severity.value: report.severities.get(severity, 0) for severity in Severity},
+        "counts": dict(report.counts),
+        "findings": [_finding(finding) for finding in report.findings],
+        "findings-dropped": report.dropped,
+        "allocation": _allocation(report.allocation),
+    }
+
+
+def _finding(finding: Finding) -> JsonObject:
+    return {
+        "code": finding.code,
+        "severity": finding.severity.value,
+        "repair": finding.problem.repair.value,
+        "qemu-img": finding.qemu.value,
+        "message": finding.message,
+        "count": finding.count,
+        "location": dict(_location(finding.location)),
+        "values": {name.replace("_", "-"): value for name, value in finding.values.items()},
+        "owners": list(finding.owners),
+    }
+
+
+def _location(location: Location) -> Iterable[tuple[str, object]]:
+    for name in location.__slots__:
+        value = getattr(location, name)
+        if value is not None:
+            yield name.replace("_", "-"), value
+
+
+def _allocation(allocation: Allocation) -> JsonObject:
+    return {
+        "total-clusters": allocation.total,
+        "allocated-clusters": allocation.allocated,
+        "fragmented-clusters": allocation.fragmented,
+        "compressed-clusters": allocation.compressed,
+        "image-end-offset": allocation.image_end_offset,
+        "bytes": {kind.value: size for kind, size in allocation.kinds.items()},
+        "bitmaps": dict(allocation.bitmaps),
+    }

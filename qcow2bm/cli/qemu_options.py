@@ -1,0 +1,103 @@
+"""What the drop-in's subcommands share: qemu-img's way of reading options, of refusing, and of opening images."""
+
+from __future__ import annotations
+
+import contextlib
+import getopt
+import re
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from .real_qemu_img import complain, hand_over
+
+T = TypeVar("T")
+
+
+class RefusedError(Exception):
+    """The request cannot be met; the arguments are the message and, below it, further lines for standard error."""
+
+
+class ForeignError(Exception):
+    """The request is one for the real qemu-img."""
+
+
+def answered(subcommand: str, argv: list[str], carry_out: Callable[[], int]) -> int:
+    """Run a subcommand: its status, or that of a refusal; what it leaves to the real qemu-img is handed over."""
+    from .real_qemu_img import FAILED
+
+    try:
+        return carry_out()
+    except ForeignError:
+        hand_over([subcommand, *argv])
+    except RefusedError as refusal:
+        message, *more = refusal.args
+        complain(message, *more)
+        return FAILED
+
+
+def read_options(argv: list[str], short: str, long: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Options and operands by getopt_long's rules: options anywhere, abbreviated, joined.
+
+    Raises:
+        RefusedError: in qemu-img's words.
+    """
+    try:
+        return getopt.gnu_getopt(argv, short, long)
+    except getopt.GetoptError as error:
+        raise RefusedError(*_option_error(argv, error)) from None
+
+
+def _option_error(argv: list[str], error: getopt.GetoptError) -> tuple[str, str]:
+    """The complaint with the argument as the user wrote it."""
+    option = error.opt or ""
+    written = next((word for word in argv if word.split("=")[0] == f"--{option}"), None) if len(option) > 1 else None
+    if written is None:
+        written = next((word for word in argv if re.match(rf"-[^-]*{re.escape(option)}", word)), f"-{option}")
+    missing = "requires argument" in error.msg
+    problem = f"missing argument for option '{written}'" if missing else f"unrecognized option '{written}'"
+    return problem, USAGE
+
+
+USAGE = "Try 'qemu-img --help' for more information"
+
+
+def require_ours(name: str, given_format: str | None) -> None:
+    """Leave to the real qemu-img other formats and `nbd:...`, `json:{...}`: a colon before the first slash."""
+    if given_format not in (None, "qcow2") or ":" in name.split("/", 1)[0]:
+        raise ForeignError
+
+
+@contextlib.contextmanager
+def refusing(name: str, given_format: str | None, *, writable: bool) -> Iterator[None]:
+    """Say what goes wrong in opening an image as qemu-img does.
+
+    Raises:
+        ForeignError: it is of another format, which the real qemu-img can tell.
+        RefusedError: it cannot be opened.
+    """
+    from ..errors import (
+        ImageIOError,
+        InterruptedChangeError,
+        InUseError,
+        LockingUnavailableError,
+        NotQcow2Error,
+        UndoError,
+    )
+
+    failed = f"Could not open '{name}': "
+    try:
+        yield
+    except InUseError:
+        lock = '"write"' if writable else 'shared "write"'
+        raise RefusedError(
+            f"{failed}Failed to get {lock} lock", f"Is another process using the image [{name}]?"
+        ) from None
+    except ImageIOError as error:
+        raise RefusedError(f"{failed}{failed}{error.message}") from None
+    except (LockingUnavailableError, InterruptedChangeError, UndoError) as error:
+        # A change that a crash cut short is ours to settle: QEMU must not write over it.
+        raise RefusedError(f"{failed}{error.message}; {error.hint}") from None
+    except NotQcow2Error:
+        if given_format is None:
+            raise ForeignError from None
+        raise RefusedError(f"{failed}Image is not in qcow2 format") from None

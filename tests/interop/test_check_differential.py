@@ -1,0 +1,211 @@
+"""`qcow2bm qemu-img check` beside the real `qemu-img check`, on damaged images: same status, same counts, same lines.
+
+The images are those of tests/support/damage.py. Each test is a round: one image of every base. Ours runs in this
+process, as there are many. Where the two are meant to differ, `EXCUSES` says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.bases import ROWS, Base, lay_out, make_bases
+from tests.support.damage import DAMAGES, Damaged, Generator
+
+ROUNDS = 40
+SEEDS = range(ROUNDS * len(ROWS))
+
+DEADLINE = 20
+"""Seconds for one check of a small image, by either program."""
+
+COUNTS = (
+    "corruptions", "leaks", "check-errors", "allocated-clusters", "total-clusters", "fragmented-clusters",
+    "compressed-clusters", "image-end-offset",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a check said: exit status, the counts of its JSON (None without JSON), its lines on stderr, sorted."""
+
+    status: int | str
+    counts: dict[str, int] | None
+    lines: list[str]
+
+    @classmethod
+    def of(cls, status: int | str, output: str, errors: str) -> Answer:
+        said = json.loads(output) if output.strip() else None
+        return cls(status, said and {key: said.get(key, 0) for key in COUNTS}, sorted(errors.splitlines()))
+
+
+# ---- the two programs ----
+
+
+def theirs(image: Path, secret: str | None) -> Answer:
+    """The real qemu-img's answer."""
+    name, opening = str(image), ["-f", "qcow2"]
+    if secret is not None:
+        name = f"driver=qcow2,file.filename={image},encrypt.key-secret=key"
+        opening = ["--object", f"secret,id=key,data={secret}", "--image-opts"]
+    try:
+        done = subprocess.run(
+            # No core files, and an allocation by a bad number fails at once.
+            ["prlimit", "--core=0", f"--as={8 << 30}", "qemu-img", "check", "--output=json", *opening, name],
+            capture_output=True, cwd=image.parent, timeout=DEADLINE, check=False, stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C.UTF-8"}, encoding="utf-8", errors="surrogateescape",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Answer("no end", None, [])
+    # An image named by options is quoted as such.
+    errors = done.stderr.replace(f"'{name}'", f"'{image}'")
+    return Answer.of(done.returncode, done.stdout, re.sub("^qemu-img: ", "qcow2bm: ", errors, flags=re.MULTILINE))
+
+
+def ours(image: Path) -> Answer:
+    """The drop-in's answer."""
+    from qcow2bm.cli.qemu_check import run
+
+    output, errors = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline():
+            status = run(["--output=json", "-f", "qcow2", str(image)])
+    except BaseException:  # noqa: BLE001 - whatever escapes would end the program: it is the answer
+        return Answer("no status", None, traceback.format_exc().splitlines())
+    return Answer.of(status, output.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def deadline() -> Iterator[None]:
+    """Interrupt what takes too long."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"no end after {DEADLINE} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(DEADLINE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- where they may differ ----
+
+
+class Excuse(NamedTuple):
+    """A difference that is meant: what it is, why, and whether it applies to the real qemu-img's answer."""
+
+    name: str
+    reason: str
+    applies: Callable[[Answer, Damaged], bool]
+
+
+EXCUSES = (
+    Excuse(
+        "a file beside the image cannot be opened",
+        "qemu-img opens the whole chain and the data file; a check of the image's own structures needs neither",
+        lambda answer, _: answer.status == 1 and any(map(BESIDE.search, answer.lines)),
+    ),
+    Excuse(
+        "qemu-img crashes",
+        "an assertion or a bad access of its own",
+        lambda answer, _: isinstance(answer.status, int) and answer.status < 0,
+    ),
+    Excuse("qemu-img does not end", "nobody can wait for it", lambda answer, _: answer.status == "no end"),
+)
+BESIDE = re.compile("Could not open backing file|Could not open '[^']*': Could not open '")
+
+
+def excuse(answer: Answer, image: Damaged) -> Excuse | None:
+    """The excuse for another answer than this one."""
+    return next((excuse for excuse in EXCUSES if excuse.applies(answer, image)), None)
+
+
+# ---- the tests ----
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> list[Base]:
+    """The healthy images, made once in this process."""
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def generator(bases: list[Base]) -> Generator:
+    return Generator(bases)
+
+
+def short(answer: Answer) -> str:
+    """An answer to print: of many lines the first ones."""
+    more = [f"... {len(answer.lines)} lines"] if len(answer.lines) > 12 else []
+    return "\n".join([f"status {answer.status}, {answer.counts}", *answer.lines[:12], *more])
+
+
+def difference(image: Damaged, folder: Path) -> str | None:
+    """Where the two programs differ, if they do, and it is not excused."""
+    path = lay_out(image.base, image.data, folder)
+    their, our = theirs(path, image.base.secret), ours(path)
+    path.unlink()
+    if their == our or excuse(their, image):
+        return None
+    only = Counter(their.lines) - Counter(our.lines), Counter(our.lines) - Counter(their.lines)
+    texts = (short(Answer(a.status, a.counts, sorted(o.elements()))) for a, o in zip((their, our), only, strict=True))
+    changes = "\n".join(f"  {name}: {', '.join(places)}" for name, places in image.applied.items())
+    said = "{}\n{}\n--- qemu-img ---\n{}\n--- ours ---\n{}\n".format(image.name, changes, *texts)
+    return said.encode("utf-8", "backslashreplace").decode()  # a name's surrogates do not reach pytest's report
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_same_answer_for_every_base(number: int, generator: Generator, tmp_path: Path) -> None:
+    seeds = SEEDS[number * len(ROWS) : (number + 1) * len(ROWS)]
+    differences = [said for seed in seeds if (said := difference(generator.damaged(seed), tmp_path))]
+    assert not differences, "\n".join(differences)
+
+
+def test_healthy_images_answer_the_same(bases: list[Base], tmp_path: Path) -> None:
+    images = [Damaged(-1, base, {}, base.data) for base in bases]
+    differences = [said for image in images if (said := difference(image, tmp_path))]
+    assert not differences, "\n".join(differences)
+
+
+def test_every_damage_is_done(generator: Generator) -> None:
+    """None is left out by chance, or undone by the next: each comes a few times, and every image differs."""
+    done: Counter[str] = Counter()
+    for image in map(generator.damaged, SEEDS):
+        assert image.data != image.base.data, image.name
+        assert all(image.applied.values()), image.name
+        done.update(image.applied.keys())
+    rare = {damage.name: done[damage.name] for damage in DAMAGES if done[damage.name] < 2}
+    assert not rare
+    assert set(done) == {damage.name for damage in DAMAGES}
+    assert len(done) == len(DAMAGES)  # no name twice
+
+
+def test_all_outcomes_occur(generator: Generator, tmp_path: Path) -> None:
+    """An image that does not even open tests little, and so does one on which damage does not show."""
+    seen: Counter[int | str] = Counter()
+    excused = 0
+    for seed in SEEDS[: len(SEEDS) * 2 // 3]:
+        image = generator.damaged(seed)
+        path = lay_out(image.base, image.data, tmp_path)
+        answer = theirs(path, image.base.secret)
+        path.unlink()
+        seen[answer.status] += 1
+        excused += excuse(answer, image) is not None
+    assert all(seen[status] >= 60 for status in (0, 1, 2, 3)), seen
+    assert excused < seen.total() * 0.03, excused
