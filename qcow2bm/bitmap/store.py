@@ -285,6 +285,9 @@ class BitmapDirectory:
             yield StoredBitmap(image, entry, attached=self.attached, conflict=conflict)
             names.add(entry.name)
             tables.add(entry.bitmap_table_offset)
+        if pointer.reserved:  # what it says is clear all the same
+            text = "the bitmaps extension has a reserved field set"
+            raise CorruptImageError(text, code="bitmaps-extension-reserved")
 
     def find(self, name: str) -> StoredBitmap:
         """The bitmap of a name.
@@ -318,9 +321,6 @@ class BitmapDirectory:
 def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
     """Raise for the first reason not to read the directory, in QEMU's order (`qcow2_read_extensions`)."""
     size, offset = pointer.bitmap_directory_size, pointer.bitmap_directory_offset
-    if pointer.reserved:
-        text = "the bitmaps extension has a reserved field set"
-        raise CorruptImageError(text, code="bitmaps-extension-reserved")
     if not 0 < pointer.nb_bitmaps <= MAX_BITMAPS:
         text = f"the bitmaps extension says there are {pointer.nb_bitmaps} bitmaps"
         raise CorruptImageError(text, code="bitmaps-count")

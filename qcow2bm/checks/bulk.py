@@ -10,9 +10,10 @@ so far out that no image with so few tables should have it. Counters widen when 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,113 +21,69 @@ import numpy.typing as npt
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, L2Entry
 from ..format.geometry import SUBCLUSTERS, Geometry
 from ..format.vectors import Clusters, Refcounts, Words, compressed_clusters, refcounts
-from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use, continues, joined
+from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use
+from .counters import Counters
 from .stored import StoredRefcounts
 
 _NEAR = 1 << 24
 _NEAR_PER_ENTRY = 4
 """Clusters with counters of their own: at least so many, and so many for each L2 entry that the image has."""
-_PIECE = 1 << 14
-"""References that are counted by index at once: their number bounds what one cluster can gain."""
-_LONG_RUN = 16
-"""Runs are taken one by one if they are this long on average."""
+_LONG_RUN = 1 << 10
+_VERY_LONG_RUN = 1 << 11
+"""Runs are counted one by one, or looked at one by one altogether, if they are this long on average."""
+_DENSE = 1 << 14
 _COMPARED = 1 << 18
 """Bytes of refcount blocks that are compared at once."""
 
 _LESSON = 16 << 20
 
-Counters = npt.NDArray[np.unsignedinteger[Any]]
 Mask = npt.NDArray[np.bool_]
 
 
-class _Counts:
-    """Counters of one use: an array for the clusters near the front, a list of references to those far out."""
+class _Entries:
+    """The entries of some L2 tables, and what can be said of all of them at once.
 
-    def __init__(self, near: int) -> None:
-        self._near = near
-        self._far: list[tuple[int, Clusters]] = []
-        self._far_runs: list[tuple[int, int, int]] = []
-        self._sorted: tuple[Clusters, Words] | None = None
-        self.array: Counters | None = None
-        self.peak = 0
+    Attributes:
+        values, bitmaps: the first words of the entries, and the second ones if they are extended.
+        offsets, clusters: the host offset of each as a standard entry, and the cluster it lies in.
+        every: all bits that any entry has.
+        lowest, highest: of the offsets.
+    """
 
-    def add_run(self, first: int, stop: int, weight: int) -> None:
-        """Count the clusters from `first` up to `stop`."""
-        if stop > self._near:
-            self._far_runs.append((max(first, self._near), stop, weight))
-        if first < self._near:
-            part = slice(first, min(stop, self._near))
-            array = self._room(int(self._counters()[part].max(initial=0)) + weight)
-            array[part] += array.dtype.type(weight)
+    def __init__(self, values: Words, bitmaps: Words | None, geometry: Geometry) -> None:
+        self.values, self.bitmaps, self._geometry = values, bitmaps, geometry
+        self.every = int(np.bitwise_or.reduce(values, initial=0))
+        self.some_compressed = bool(self.every & COMPRESSED)
+        self.all_compressed = self.some_compressed and bool(int(np.bitwise_and.reduce(values)) & COMPRESSED)
 
-    def add_each(self, clusters: Clusters, weight: int) -> None:
-        """Count clusters in any order, each as often as it comes."""
-        if clusters.size and int(clusters.max()) >= self._near:
-            far = clusters >= self._near
-            self._far.append((weight, clusters[far]))
-            clusters = clusters[~far]
-        for start in range(0, clusters.size, _PIECE):
-            piece = clusters[start : start + _PIECE]
-            most = int(self._counters()[piece].max()) + weight * piece.size
-            array = self._room(most)
-            np.add.at(array, piece, array.dtype.type(weight))
+    @cached_property
+    def offsets(self) -> Words:
+        return self.values & np.uint64(OFFSET_MASK)
 
-    def add_steps(self, base: int, steps: Clusters, weight: int) -> None:
-        """Count cluster `base + i` as often as the sum of `steps` up to i says."""
-        stop = base + steps.size
-        if stop > self._near:  # a rare case, in the plain way
-            counts = np.cumsum(steps)
-            self.add_each(np.repeat(np.arange(base, stop, dtype=np.int64), counts), weight)
-            return
-        counts = np.cumsum(steps) * weight
-        array = self._room(int(self._counters()[base:stop].max(initial=0)) + int(counts.max(initial=0)))
-        array[base:stop] += counts.astype(array.dtype)
+    @cached_property
+    def clusters(self) -> Clusters:
+        return (self.offsets >> np.uint64(self._geometry.cluster_bits)).view(np.int64)
 
-    def slice(self, first: int, stop: int) -> Counters | None:
-        """The counts of the clusters from `first` up to `stop`; None if all are 0."""
-        if stop <= self._near:
-            return None if self.array is None else self.array[first:stop]
-        counts = np.zeros(stop - first, np.uint64)
-        if self.array is not None and first < self._near:
-            counts[: self._near - first] = self.array[first:]
-        clusters, weights = self._far_sorted()
-        begin, end = np.searchsorted(clusters, [first, stop])
-        np.add.at(counts, clusters[begin:end] - first, weights[begin:end])
-        for start, end_of_run, weight in self._far_runs:
-            if start < stop and end_of_run > first:
-                counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
-        return counts if counts.any() else None
+    @cached_property
+    def lowest(self) -> int:
+        return int(self.offsets.min())
 
-    def far_blocks(self, per_block: int) -> set[int]:
-        """Indices of the refcount blocks that count clusters far out which are referred to."""
-        found = {int(index) for index in np.unique(self._far_sorted()[0] // per_block)}
-        for first, stop, _ in self._far_runs:
-            found.update(range(first // per_block, (stop - 1) // per_block + 1))
-        return found
+    @cached_property
+    def highest(self) -> int:
+        return int(self.offsets.max())
 
-    def _far_sorted(self) -> tuple[Clusters, Words]:
-        if self._sorted is None:
-            parts = [clusters for _, clusters in self._far]
-            clusters = np.concatenate(parts) if parts else np.empty(0, np.int64)
-            weights = [np.full(part.size, weight, np.uint64) for weight, part in self._far]
-            order = np.argsort(clusters, kind="stable")
-            joined_weights = np.concatenate(weights) if weights else np.empty(0, np.uint64)
-            self._sorted = clusters[order], joined_weights[order]
-        return self._sorted
+    @cached_property
+    def edges(self) -> Clusters:
+        """Places of entries that are not the one before plus one cluster: flags that change make an edge too."""
+        return np.flatnonzero(self.values[1:] - self.values[:-1] != self._geometry.cluster_size) + 1
 
-    def _counters(self) -> Counters:
-        if self.array is None:
-            self.array = np.zeros(self._near, np.uint16)  # the kernel gives the pages when they are written to
-        return self.array
+    @cached_property
+    def streams(self) -> tuple[Clusters, Clusters, Clusters]:
+        """Of each entry as a compressed one: first and last cluster, and where it ends."""
+        return compressed_clusters(self.values, self._geometry)
 
-    def _room(self, most: int) -> Counters:
-        """The counters, wide enough for a count of `most`."""
-        array = self._counters()
-        self.peak = max(self.peak, most)
-        if most > np.iinfo(array.dtype).max:
-            wider = np.uint32 if most < 1 << 32 else np.uint64
-            self.array = array = array.astype(wider)
-        return array
+    def entry(self, place: int) -> L2Entry:
+        return L2Entry(int(self.values[place]), int(self.bitmaps[place]) if self.bitmaps is not None else 0)
 
 
 class BulkCensus(Census):
@@ -137,11 +94,18 @@ class BulkCensus(Census):
     """
 
     def __init__(
-        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, data_file: bool, entries: int
+        self,
+        geometry: Geometry,
+        file_size: int,
+        stored: StoredRefcounts,
+        *,
+        version: int,
+        data_file: bool,
+        entries: int,
     ) -> None:
-        super().__init__(geometry, file_size, stored, data_file=data_file)
+        super().__init__(geometry, file_size, stored, version=version, data_file=data_file)
         self._near = min(self.clusters + 2, max(_NEAR, _NEAR_PER_ENTRY * entries))
-        self._counts = {use: _Counts(self._near) for use in Use}
+        self._counts = {use: Counters(self._near) for use in Use}
         self._is_one: Mask | None = None
         # A large block once given back teaches malloc to keep what smaller ones return, instead of a trip to the
         # kernel for each temporary array.
@@ -156,6 +120,23 @@ class BulkCensus(Census):
         if weight > 1:
             self._counts[Use.REPEATED].add_each(places, weight - 1)
 
+    def add_unshared(self, offsets: Sequence[int]) -> bool:
+        clusters = np.fromiter(offsets, np.uint64, len(offsets)) >> np.uint64(self.geometry.cluster_bits)
+        places = np.unique(clusters.view(np.int64))
+        if places.size < len(offsets) or int(places.max(initial=0)) >= min(self._near, self.clusters):
+            return False
+        arrays = (counts.array for counts in self._counts.values())
+        if any(array is not None and array[places].any() for array in arrays):
+            return False
+        self._counts[Use.STRUCTURE].add_each(places, 1, ascending=True)
+        return True
+
+    def copied_rightly(self, l1_table: array[int]) -> bool:
+        values = np.frombuffer(l1_table, np.uint64)
+        values = values[values & np.uint64(OFFSET_MASK) != 0]
+        clusters = ((values & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
+        return not self._miscopied(values, clusters).size
+
     def references(self, cluster: int) -> int:
         slices = (counts.slice(cluster, cluster + 1) for counts in self._counts.values())
         return sum(int(part[0]) for part in slices if part is not None)
@@ -164,22 +145,56 @@ class BulkCensus(Census):
 
     def add_tables(self, batch: Batch) -> TableFacts:
         words = np.frombuffer(batch.data, ">u8").astype(np.uint64)
-        extended = self.geometry.extended_l2
-        values, bitmaps = (words[::2].copy(), words[1::2]) if extended else (words, None)
-        compressed = self._compressed(values, bitmaps)
-        suspects = self._suspects(values, bitmaps)
-        places = self._standard(values)
+        if self.geometry.extended_l2:
+            entries = _Entries(words[::2].copy(), words[1::2].copy(), self.geometry)
+        else:
+            entries = _Entries(words, None, self.geometry)
+        return self._add_long_runs(entries, batch) or self._add_any(entries, batch)
+
+    def _add_long_runs(self, entries: _Entries, batch: Batch) -> TableFacts | None:
+        """The quick way, for tables of standard clusters in a few long runs; None if these are not such tables."""
+        odd = COMPRESSED | L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK) | ZERO
+        size = entries.values.size
+        if self.data_file or entries.every & odd or entries.edges.size * _VERY_LONG_RUN > size:
+            return None
+        runs = [
+            (start, stop - start, int(entries.values[start])) for start, stop in pairwise([0, *entries.edges, size])
+        ]
+        clusters = self.geometry.clusters(self.file_size)
+        firsts = [self.geometry.cluster_of(value & OFFSET_MASK) for _, _, value in runs]
+        if not all(firsts) or any(
+            first + run[1] > min(clusters, self._near) for first, run in zip(firsts, runs, strict=True)
+        ):
+            return None
+        if entries.bitmaps is not None and (entries.bitmaps & entries.bitmaps >> np.uint64(SUBCLUSTERS)).any():
+            return None
+        miscopied, fragmented, end = [np.empty(0, np.int64)], 0, 0
+        for first, (start, length, value) in zip(firsts, runs, strict=True):
+            fragmented += first != end and start % self.geometry.l2_entries != 0
+            end = first + length
+            if batch.active:
+                self._counts[Use.DATA].add_run(first, end, batch.active)
+                ones = self._ones_near()[first:end]
+                if not (ones.all() if value & COPIED else not ones.any()):
+                    miscopied.append(np.flatnonzero(ones != bool(value & COPIED)) + start)
+            if batch.others:
+                self._counts[Use.SNAPSHOT].add_run(first, end, batch.others)
+        return TableFacts(size, fragmented, 0, [], self._tables(np.concatenate(miscopied)))
+
+    def _add_any(self, entries: _Entries, batch: Batch) -> TableFacts:
+        """Entries of any kind."""
+        suspects = self._suspects(entries)
         if suspects is not None:
             for place in np.flatnonzero(suspects).tolist():
-                entry = L2Entry(int(values[place]), int(bitmaps[place]) if bitmaps is not None else 0)
-                self.count_entry(entry, batch.active, batch.others)
-        if compressed is not None and not self.data_file:
-            self._add_compressed(values, compressed if suspects is None else compressed & ~suspects, batch)
-        miscopied = self._add_standard(values, places, suspects, batch)
-        streams = int(compressed.sum()) if compressed is not None and not self.data_file else 0
+                self.count_entry(entries.entry(place), batch.active, batch.others)
+        streams = 0
+        if entries.some_compressed and not self.data_file:
+            streams = self._add_compressed(entries, suspects, batch)
+        places = self._standard(entries)
+        miscopied = self._add_standard(entries, places, suspects, batch)
         return TableFacts(
-            allocated=(values.size if places is None else places.size) + streams,
-            fragmented=self._fragmented(values, places) + streams,
+            allocated=(entries.values.size if places is None else places.size) + streams,
+            fragmented=self._fragmented(entries, places) + streams,
             compressed=streams,
             suspects=self._tables(np.flatnonzero(suspects) if suspects is not None else None),
             miscopied=self._tables(miscopied),
@@ -192,139 +207,141 @@ class BulkCensus(Census):
         tables: list[int] = np.unique(places // self.geometry.l2_entries).tolist()
         return tables
 
-    def _compressed(self, values: Words, bitmaps: Words | None) -> Mask | None:
-        """Which entries are compressed clusters that count; None if there is none."""
-        compressed: Mask = values & np.uint64(COMPRESSED) != 0
-        if bitmaps is not None:
-            compressed &= bitmaps == 0
-        return compressed if compressed.any() else None
-
-    def _suspects(self, values: Words, bitmaps: Words | None) -> Mask | None:
+    def _suspects(self, entries: _Entries) -> Mask | None:
         """Entries to look at one by one: all that `L2Entry.faults` complains of or that reach outside; None if none.
 
         Some that are sound may be among them.
         """
-        odd = L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK)
-        every = int(np.bitwise_or.reduce(values, initial=0))
-        highest = int((values & np.uint64(OFFSET_MASK)).max(initial=0)) if not every & COMPRESSED else 0
-        if bitmaps is None and not every & (odd | COMPRESSED) and (self.data_file or highest < self.file_size):
-            return None
-        compressed = values & np.uint64(COMPRESSED) != 0
-        suspects: Mask = ~compressed & (values & np.uint64(odd) != 0)
-        if not self.data_file:
-            suspects |= ~compressed & (values & np.uint64(OFFSET_MASK) >= np.uint64(self.file_size))
-        if compressed.any():
-            suspects |= self._odd_streams(values, compressed)
-        if bitmaps is not None:
-            suspects |= self._odd_subclusters(values, bitmaps, compressed)
+        odd = L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK) | (ZERO if self.version == 2 else 0)
+        suspects: Mask = np.zeros(entries.values.size, np.bool_)
+        if not entries.all_compressed and (
+            entries.every & odd or (not self.data_file and entries.highest >= self.file_size)
+        ):
+            suspects |= entries.values & np.uint64(odd) != 0
+            if not self.data_file:
+                suspects |= entries.offsets >= np.uint64(self.file_size)
+            suspects &= entries.values & np.uint64(COMPRESSED) == 0
+        if entries.some_compressed:
+            suspects |= self._odd_streams(entries)
+        if entries.bitmaps is not None:
+            suspects |= self._odd_subclusters(entries, entries.bitmaps)
         return suspects if suspects.any() else None
 
-    def _odd_streams(self, values: Words, compressed: Mask) -> Mask:
+    def _odd_streams(self, entries: _Entries) -> Mask:
+        compressed: Mask = entries.values & np.uint64(COMPRESSED) != 0
         if self.data_file:
             return compressed
-        odd: Mask = compressed & (values & np.uint64(COPIED) != 0)
-        _, _, end = compressed_clusters(values, self.geometry)
-        odd |= compressed & (end - self.file_size >= self.geometry.cluster_size)
-        return odd
+        _, _, end = entries.streams
+        odd: Mask = end - self.file_size >= self.geometry.cluster_size
+        if entries.every & COPIED:
+            odd |= entries.values & np.uint64(COPIED) != 0
+        return odd & compressed
 
-    def _odd_subclusters(self, values: Words, bitmaps: Words, compressed: Mask) -> Mask:
+    def _odd_subclusters(self, entries: _Entries, bitmaps: Words) -> Mask:
         low = np.uint64((1 << SUBCLUSTERS) - 1)
-        unallocated = values & np.uint64(OFFSET_MASK) == 0
-        odd: Mask = compressed & (bitmaps != 0)
-        odd |= bitmaps & bitmaps >> np.uint64(SUBCLUSTERS) != 0
-        odd |= ~compressed & unallocated & (bitmaps & low != 0)
-        odd |= values & np.uint64(COMPRESSED | ZERO) == np.uint64(ZERO)
+        odd: Mask = bitmaps & bitmaps >> np.uint64(SUBCLUSTERS) != 0
+        odd |= (entries.values & np.uint64(OFFSET_MASK) == 0) & (bitmaps & low != 0)
+        if entries.some_compressed:
+            compressed = entries.values & np.uint64(COMPRESSED) != 0
+            odd = np.where(compressed, bitmaps != 0, odd)
+        if entries.every & ZERO:
+            odd |= entries.values & np.uint64(COMPRESSED | ZERO) == np.uint64(ZERO)
         return odd
 
-    def _standard(self, values: Words) -> Clusters | None:
+    def _standard(self, entries: _Entries) -> Clusters | None:
         """Places of the entries with a standard cluster; None if all are."""
-        standard: Mask = values & np.uint64(OFFSET_MASK) != 0
+        if not entries.some_compressed and not self.data_file and entries.lowest:
+            return None
+        if entries.all_compressed:
+            return np.empty(0, np.int64)
+        standard: Mask = entries.offsets != 0
         if self.data_file:
             flag = np.uint64(COPIED) if self.geometry.extended_l2 else np.uint64(COPIED | ZERO)
-            standard |= values & flag == np.uint64(COPIED)
-        standard &= values & np.uint64(COMPRESSED) == 0
+            standard |= entries.values & flag == np.uint64(COPIED)
+        standard &= entries.values & np.uint64(COMPRESSED) == 0
         return None if standard.all() else np.flatnonzero(standard)
 
-    def _fragmented(self, values: Words, places: Clusters | None) -> int:
+    def _fragmented(self, entries: _Entries, places: Clusters | None) -> int:
         """Standard clusters that do not follow the one before them in their table."""
-        chosen = values if places is None else values[places]
-        apart = np.flatnonzero(np.diff(chosen & np.uint64(OFFSET_MASK)) != self.geometry.cluster_size)
-        before, after = (apart, apart + 1) if places is None else (places[apart], places[apart + 1])
+        if places is None:
+            after = entries.edges
+            before = after - 1
+            apart = entries.offsets[after] - entries.offsets[before] != self.geometry.cluster_size
+        else:
+            before, after = places[:-1], places[1:]
+            apart = np.diff(entries.offsets[places]) != self.geometry.cluster_size
         size = self.geometry.l2_entries
-        return int(np.count_nonzero(before // size == after // size))
+        return int(np.count_nonzero(apart & (before // size == after // size)))
 
     def _add_standard(
-        self, values: Words, places: Clusters | None, suspects: Mask | None, batch: Batch
+        self, entries: _Entries, places: Clusters | None, suspects: Mask | None, batch: Batch
     ) -> Clusters | None:
         """Count standard clusters; places of the entries whose copied flag is wrong."""
-        chosen = values if places is None else values[places]
+        if places is not None and not places.size:
+            return None
+        values = entries.values if places is None else entries.values[places]
         if self.data_file:
-            wrong = np.flatnonzero(chosen & np.uint64(COPIED) == 0)
+            wrong = np.flatnonzero(values & np.uint64(COPIED) == 0)
         else:
-            wrong = self._miscopied(chosen) if batch.active and chosen.size else np.empty(0, np.int64)
-            sound = chosen if suspects is None else chosen[~(suspects if places is None else suspects[places])]
-            self._count_standard(sound, batch)
+            clusters = entries.clusters if places is None else entries.clusters[places]
+            wrong = self._miscopied(values, clusters) if batch.active else np.empty(0, np.int64)
+            sound = None if suspects is None else ~(suspects if places is None else suspects[places])
+            edges = entries.edges if places is None and sound is None else None
+            self._count_standard(clusters if sound is None else clusters[sound], edges, batch)
         if not batch.active:
             return None
         return wrong if places is None else places[wrong]
 
-    def _count_standard(self, values: Words, batch: Batch) -> None:
-        clusters = ((values & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
-        starts = self._run_starts(values)
+    def _count_standard(self, clusters: Clusters, edges: Clusters | None, batch: Batch) -> None:
+        """Count clusters, run by run if runs are known by their edges and long enough."""
+        runs = edges is not None and edges.size * _LONG_RUN < clusters.size
+        ascending = not runs and bool((clusters[1:] > clusters[:-1]).all())
         for use, weight in ((Use.DATA, batch.active), (Use.SNAPSHOT, batch.others)):
-            if not weight or not values.size:
+            if not weight:
                 continue
-            if starts is None:
-                self._counts[use].add_each(clusters, weight)
-                continue
-            for start, stop in pairwise(starts):
-                first = int(clusters[start])
-                self._counts[use].add_run(first, first + stop - start, weight)
+            if runs and edges is not None:
+                for start, stop in pairwise([0, *edges.tolist(), clusters.size]):
+                    first = int(clusters[start])
+                    self._counts[use].add_run(first, first + stop - start, weight)
+            else:
+                self._counts[use].add_each(clusters, weight, ascending=ascending)
 
-    def _run_starts(self, values: Words) -> list[int] | None:
-        """Where runs begin of entries that differ by one cluster and in no flag, and the end; None if they are short.
-
-        Differences are taken modulo 2^64, so flags that change break a run too.
-        """
-        edges = np.flatnonzero(np.diff(values) != self.geometry.cluster_size) + 1
-        return None if edges.size * _LONG_RUN > values.size else [0, *edges.tolist(), values.size]
-
-    def _miscopied(self, values: Words) -> Clusters:
+    def _miscopied(self, values: Words, clusters: Clusters) -> Clusters:
         """Places of entries whose copied flag contradicts the refcount on disk."""
-        clusters = ((values & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
-        ones = self._ones_near()
-        starts = self._run_starts(values)
-        if starts is None or int(clusters.max(initial=0)) >= ones.size:
-            return self._miscopied_each(values, clusters)
-        found = [np.empty(0, np.int64)]
-        for start, stop in pairwise(starts):
-            first = int(clusters[start])
-            wrong = ones[first : first + stop - start] != bool(int(values[start]) & COPIED)
-            if wrong.any():
-                found.append(np.flatnonzero(wrong) + start)
-        return np.concatenate(found)
-
-    def _miscopied_each(self, values: Words, clusters: Clusters) -> Clusters:
         near = self._ones_near()
-        ones = near[np.minimum(clusters, near.size - 1)]
-        for place in np.flatnonzero(clusters >= near.size).tolist():
-            ones[place] = self.stored.get(int(clusters[place])) in (1, None)
-        return np.flatnonzero(ones != (values & np.uint64(COPIED) != 0))
+        ones = near.take(clusters, mode="clip")
+        if int(clusters.max(initial=0)) >= near.size:
+            for place in np.flatnonzero(clusters >= near.size).tolist():
+                ones[place] = self.stored.get(int(clusters[place])) in (1, None)
+        return np.flatnonzero(ones != (values.view(np.int64) < 0))  # the copied flag is the highest bit
 
-    def _add_compressed(self, values: Words, compressed: Mask, batch: Batch) -> None:
-        first, last, _ = compressed_clusters(values[compressed], self.geometry)
-        if not first.size:
-            return
-        weight, counts = batch.active + batch.others, self._counts[Use.COMPRESSED]
+    def _add_compressed(self, entries: _Entries, suspects: Mask | None, batch: Batch) -> int:
+        """Count what compressed clusters take; how many there are, without those that QEMU does not count."""
+        first, last, _ = entries.streams
+        counted = streams = entries.values.size
+        if suspects is not None or not entries.all_compressed:
+            chosen: Mask = entries.values & np.uint64(COMPRESSED) != 0
+            if entries.bitmaps is not None:
+                chosen &= entries.bitmaps == 0
+            streams = int(np.count_nonzero(chosen))
+            sound = chosen if suspects is None else chosen & ~suspects
+            first, last, counted = first[sound], last[sound], int(np.count_nonzero(sound))
+        if counted:
+            self._count_streams(first, last, batch.active + batch.others)
+        return streams
+
+    def _count_streams(self, first: Clusters, last: Clusters, weight: int) -> None:
+        counts = self._counts[Use.COMPRESSED]
         base, stop = int(first.min()), int(last.max()) + 1
         self.clusters = max(self.clusters, stop)
-        if stop - base <= 4 * first.size + _PIECE:
-            steps = np.bincount(first - base, minlength=stop - base + 1)
-            steps -= np.bincount(last + 1 - base, minlength=stop - base + 1)
-            counts.add_steps(base, steps[:-1], weight)
-            return
-        for step in range(int((last - first).max()) + 1):
-            counts.add_each((first + step)[last - first >= step], weight)
+        dense = stop - base <= 4 * first.size + _DENSE
+        longest = int((last - first).max())
+        for step in range(longest + 1):
+            part = first if step == 0 else (first + step)[last - first >= step]
+            if dense:
+                counts.add_counts(base, np.bincount(part - base), weight)
+            else:
+                counts.add_each(part, weight)
 
     # Copied flags
 
@@ -343,24 +360,17 @@ class BulkCensus(Census):
     # Comparing
 
     def overflows(self) -> Iterator[tuple[int, int]]:
+        for counts in self._counts.values():
+            counts.tighten()
         if sum(counts.peak for counts in self._counts.values()) <= self.most:
             return
         for first, total, _ in self._totals():
             for place in np.flatnonzero(total > self.most).tolist():
                 yield first + place, int(total[place])
 
-    def compare(self) -> Iterator[Mismatch | Overlap]:
-        pending: dict[type, Mismatch | Overlap] = {}
+    def compared(self) -> Iterator[Mismatch | Overlap]:
         for first, total, indices in self._totals():
-            for found in self._judge(first, total, indices):
-                last = pending.get(type(found))
-                if last is not None and continues(last, found):
-                    pending[type(found)] = joined(last, found)
-                    continue
-                if last is not None:
-                    yield last
-                pending[type(found)] = found
-        yield from pending.values()
+            yield from self._judge(first, total, indices)
 
     def _totals(self) -> Iterator[tuple[int, Refcounts, range]]:
         """All references to the clusters of some refcount blocks in a row, from which cluster on."""
@@ -398,7 +408,9 @@ class BulkCensus(Census):
         self._note_use(first, total, stored, readable)
         if not np.array_equal(stored, total):
             yield from self._mismatches(first, total, stored, readable)
-        for place in self._shared(first, first + total.size).tolist():
+        if int(total.max()) < 2:
+            return
+        for place in self._shared(first, first + total.size):
             cluster = first + place
             slices = {use: counts.slice(cluster, cluster + 1) for use, counts in self._counts.items()}
             uses = tuple((use, int(part[0])) for use, part in slices.items() if part is not None and part[0])
@@ -406,25 +418,26 @@ class BulkCensus(Census):
 
     def _note_use(self, first: int, total: Refcounts, stored: Refcounts, readable: Mask | None) -> None:
         """Keep `highest` and `guest` up to date."""
-        used: Mask = (total != 0) | (stored != 0)
-        if readable is not None:
-            used &= readable
-        if used.any():
-            self.highest = max(self.highest, first + used.size - 1 - int(used[::-1].argmax()))
+        if readable is None and (total[-1] or stored[-1]):
+            self.highest = first + total.size - 1
+        else:
+            used: Mask = (total != 0) | (stored != 0)
+            if readable is not None:
+                used &= readable
+            if used.any():
+                self.highest = max(self.highest, first + used.size - 1 - int(used[::-1].argmax()))
         parts = [self._counts[use].slice(first, first + total.size) for use in GUEST]
-        some = [part != 0 for part in parts if part is not None]
+        some = [part for part in parts if part is not None]
         if some:
             self.guest += int(np.count_nonzero(np.logical_or.reduce(some) if len(some) > 1 else some[0]))
 
     def _stored(self, indices: range, size: int) -> tuple[Refcounts, Mask | None]:
         """Refcounts on disk of the first `size` clusters of some blocks; where they can be read, None if everywhere."""
-        blocks = [self.stored.block(index) for index in indices]
-        empty = bytes(self.geometry.cluster_size)
-        stored = refcounts(b"".join(block or empty for block in blocks), self.geometry.refcount_order)[:size]
-        if None not in blocks:
+        blocks, readable = self.stored.row(indices.start, indices.stop)
+        stored = refcounts(blocks, self.geometry.refcount_order)[:size]
+        if all(readable):
             return stored, None
-        readable = np.repeat([block is not None for block in blocks], self.geometry.refcounts_per_block)[:size]
-        return stored, readable
+        return stored, np.repeat(readable, self.geometry.refcounts_per_block)[:size]
 
     def _mismatches(self, first: int, total: Refcounts, stored: Refcounts, readable: Mask | None) -> Iterator[Mismatch]:
         references = np.minimum(total, self.most) if self.geometry.refcount_bits < 64 else total
@@ -440,24 +453,27 @@ class BulkCensus(Census):
         for start, stop in pairwise(starts):
             yield Mismatch(first + int(places[start]), stop - start, int(here[start]), int(there[start]))
 
-    def _shared(self, first: int, stop: int) -> Clusters:
+    def _shared(self, first: int, stop: int) -> list[int]:
         """Places of clusters whose uses must not share one: `must_not_share`, over arrays."""
-        parts = {use: counts.slice(first, stop) for use, counts in self._counts.items()}
-        zero = np.zeros(stop - first, np.uint8)
-        at = {use: zero if part is None else part for use, part in parts.items()}
-        bad: Mask = at[Use.DATA] > 1
-        if parts[Use.COMPRESSED] is not None:
-            bad |= (at[Use.COMPRESSED] > 0) & ((at[Use.DATA] > 0) | (at[Use.SNAPSHOT] > 0))
-        for use in (Use.STRUCTURE, Use.BITMAP):
-            if parts[use] is None:
+        at = {use: counts.slice(first, stop) for use, counts in self._counts.items()}
+        found: list[int] = []
+        data, compressed, snapshot = at[Use.DATA], at[Use.COMPRESSED], at[Use.SNAPSHOT]
+        if data is not None and data.max() > 1:
+            found += np.flatnonzero(data > 1).tolist()
+        for guest in (data, snapshot):
+            if guest is not None and compressed is not None:
+                found += np.flatnonzero((guest != 0) & (compressed != 0)).tolist()
+        for use, other in ((Use.STRUCTURE, Use.BITMAP), (Use.BITMAP, Use.STRUCTURE)):
+            part = at[use]
+            if part is None:
                 continue
-            owned = np.flatnonzero(at[use])  # few: the rest is guest data
-            other = Use.BITMAP if use is Use.STRUCTURE else Use.STRUCTURE
-            alone = at[use][owned] == 1
-            for guest in (other, Use.DATA, Use.SNAPSHOT, Use.COMPRESSED):
-                alone &= at[guest][owned] == 0
-            bad[owned[~alone]] = True
-        return np.flatnonzero(bad)
+            owned = np.flatnonzero(part)  # few: the rest is guest data
+            alone = part[owned] == 1
+            for rival in (at[other], data, snapshot, compressed):
+                if rival is not None:
+                    alone &= rival[owned] == 0
+            found += owned[~alone].tolist()
+        return sorted(set(found))
 
 
 def _rows(numbers: list[int], most: int) -> Iterator[tuple[int, int]]:

@@ -1,19 +1,22 @@
 """How often each cluster is referred to, and by what kind of structure.
 
-A census is taken twice over by different means: here entry by entry with the readable truth of `format/entries.py`,
-which is quickest for small images because it loads nothing; in `bulk.py` over whole tables with numpy. Both answer the
-same questions, and a property test holds them together.
+A census can be taken by two means: here with the readable truth of `format/entries.py`, which is quickest for small
+images because it loads nothing; in `bulk.py` over whole tables with numpy. Both answer the same questions, and a
+property test holds them together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain, pairwise
+from operator import sub
 
-from ..format.entries import L2Entry, get_refcount, table_entries, used_clusters
+from ..format.entries import L2Entry, table_entries
 from ..format.geometry import Geometry
 from .stored import StoredRefcounts
 
@@ -101,10 +104,13 @@ class Census(ABC):
         guest: how many clusters `compare` has seen that hold guest data, of the disk or of snapshots.
     """
 
-    def __init__(self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, data_file: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, version: int, data_file: bool
+    ) -> None:
         self.geometry = geometry
         self.file_size = file_size
         self.stored = stored
+        self.version = version
         self.data_file = data_file
         self.clusters = geometry.clusters(file_size)
         self.highest = 0
@@ -125,8 +131,11 @@ class Census(ABC):
         self.count(use, self.geometry.cluster_of(offset), stop, weight)
         return True
 
-    def count_entry(self, entry: L2Entry, active: int, others: int) -> bool:
-        """Count what an entry refers to; False if that reaches outside the file."""
+    def count_entry(self, entry: L2Entry, active: int, others: int, length: int = 1) -> bool:
+        """Count what an entry and those that continue it, `length` in all, refer to.
+
+        False if that reaches outside the file.
+        """
         if entry.is_compressed and (self.data_file or entry.bitmap):
             return True
         place = entry.host_range(self.geometry, data_file=self.data_file)
@@ -134,7 +143,8 @@ class Census(ABC):
             return True
         if entry.is_compressed:
             return self.add(Use.COMPRESSED, *place, active + others)
-        return self.add(Use.DATA, *place, active) and self.add(Use.SNAPSHOT, *place, others)
+        offset, size = place[0], place[1] * length
+        return self.add(Use.DATA, offset, size, active) and self.add(Use.SNAPSHOT, offset, size, others)
 
     def add_l2_tables(self, offsets: Sequence[int], weight: int) -> None:
         """Count L2 tables, each named by `weight` L1 entries; those that reach outside the file are left out."""
@@ -154,6 +164,17 @@ class Census(ABC):
     def count_each(self, clusters: Sequence[int], weight: int) -> None:
         """Count structures of one cluster each, once as such and `weight - 1` times as repeated."""
 
+    def add_unshared(self, offsets: Sequence[int]) -> bool:
+        """Count structures of one cluster each, if none of the clusters counts so far; False if nothing is counted.
+
+        May say False where that is not so.
+        """
+        return not offsets
+
+    def copied_rightly(self, l1_table: array[int]) -> bool:
+        """True if the copied flags of all entries are right; may say False where they are."""
+        return not any(l1_table)
+
     @abstractmethod
     def references(self, cluster: int) -> int:
         """How often a cluster is referred to."""
@@ -162,13 +183,26 @@ class Census(ABC):
     def add_tables(self, batch: Batch) -> TableFacts:
         """Count what the entries of L2 tables refer to."""
 
-    @abstractmethod
     def compare(self) -> Iterator[Mismatch | Overlap]:
-        """What is not as it should be, in cluster order.
+        """What is not as it should be, in cluster order; neighbours that are alike are one.
 
         Clusters whose refcounts cannot be read are left out. References above what a refcount can hold are compared
         as the most it can hold: `overflows` has them.
         """
+        pending: dict[type, Mismatch | Overlap] = {}
+        for found in self.compared():
+            last = pending.get(type(found))
+            if last is not None and continues(last, found):
+                pending[type(found)] = joined(last, found)
+                continue
+            if last is not None:
+                yield last
+            pending[type(found)] = found
+        yield from pending.values()
+
+    @abstractmethod
+    def compared(self) -> Iterator[Mismatch | Overlap]:
+        """As `compare`, in any pieces."""
 
     @abstractmethod
     def overflows(self) -> Iterator[tuple[int, int]]:
@@ -181,24 +215,27 @@ class Census(ABC):
 
 
 class PlainCensus(Census):
-    """One entry at a time, in dictionaries."""
+    """Run by run: entries that follow each other are one range, and so are the clusters that they refer to."""
 
-    def __init__(self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, data_file: bool) -> None:
-        super().__init__(geometry, file_size, stored, data_file=data_file)
-        self._counts: dict[Use, Counter[int]] = {use: Counter() for use in Use}
+    def __init__(
+        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, version: int, data_file: bool
+    ) -> None:
+        super().__init__(geometry, file_size, stored, version=version, data_file=data_file)
+        self._runs: list[tuple[int, int, Use, int]] = []
 
     def count(self, use: Use, first: int, stop: int, weight: int) -> None:
-        counts = self._counts[use]
-        for cluster in range(first, stop):
-            counts[cluster] += weight
+        self._runs.append((first, stop, use, weight))
 
     def count_each(self, clusters: Sequence[int], weight: int) -> None:
         for cluster in clusters:
-            self._counts[Use.STRUCTURE][cluster] += 1
-            self._counts[Use.REPEATED][cluster] += weight - 1
+            self.count(Use.STRUCTURE, cluster, cluster + 1, 1)
+            if weight > 1:
+                self.count(Use.REPEATED, cluster, cluster + 1, weight - 1)
 
     def references(self, cluster: int) -> int:
-        return sum(counts[cluster] for counts in self._counts.values())
+        return sum(weight for first, stop, _, weight in self._runs if first <= cluster < stop)
+
+    # L2 tables
 
     def add_tables(self, batch: Batch) -> TableFacts:
         size = self.geometry.cluster_size
@@ -216,68 +253,105 @@ class PlainCensus(Census):
 
     def _add_table(self, data: memoryview, active: int, others: int) -> TableFacts:
         geometry, data_file = self.geometry, self.data_file
-        values = table_entries(bytes(data))
-        stride = geometry.l2_entry_words
         allocated = fragmented = compressed = expected = 0
         suspect = miscopied = False
-        for at in range(0, len(values), stride):
-            if not (values[at] or values[at + stride - 1]):
-                continue
-            entry = L2Entry(values[at], values[at + 1] if stride == 2 else 0)
-            faulty = next(entry.faults(geometry, data_file=data_file), None) is not None
-            suspect = suspect or faulty or not self.count_entry(entry, active, others)
+        for entry, length in self._entry_runs(bytes(data)):
+            faulty = next(entry.faults(geometry, version=self.version, data_file=data_file), None) is not None
+            suspect = suspect or faulty
+            suspect = not self.count_entry(entry, active, others, length) or suspect
             if entry.is_compressed and not (data_file or entry.bitmap):
                 compressed += 1
             elif entry.is_standard(geometry, data_file=data_file):
-                allocated += 1
+                allocated += length
                 fragmented += bool(expected) and entry.host_offset != expected
-                expected = entry.host_offset + geometry.cluster_size
-                miscopied = miscopied or bool(active and self._is_miscopied(entry))
-        suspects = [0] if suspect else []
+                expected = entry.host_offset + length * geometry.cluster_size
+                miscopied = miscopied or bool(active and self._is_miscopied(entry, length))
         return TableFacts(
-            allocated + compressed, fragmented + compressed, compressed, suspects, [0] if miscopied else []
+            allocated + compressed,
+            fragmented + compressed,
+            compressed,
+            [0] if suspect else [],
+            [0] if miscopied else [],
         )
 
-    def _is_miscopied(self, entry: L2Entry) -> bool:
-        stored = 1 if self.data_file else self.stored.get(self.geometry.cluster_of(entry.host_offset))
-        return stored is not None and (stored == 1) != entry.copied
+    def _entry_runs(self, data: bytes) -> Iterator[tuple[L2Entry, int]]:
+        """Entries that are not zero; those that differ from the one before by one cluster, and in no flag, with it.
+
+        Compressed ones, extended ones and those that go past the end of the file come one by one.
+        """
+        values, size = table_entries(data), self.geometry.cluster_size
+        if self.geometry.extended_l2:
+            for value, bitmap in zip(values[::2], values[1::2], strict=True):
+                if value or bitmap:
+                    yield L2Entry(value, bitmap), 1
+            return
+        steps = map(sub, values[1:], values)
+        breaks = [at for at, step in enumerate(steps, 1) if step != size and (step or values[at])]
+        for start, stop in pairwise([0, *breaks, len(values)]):
+            entry = L2Entry(values[start])
+            if not entry.value:
+                continue
+            together = not entry.is_compressed and self._ends_inside(entry, stop - start)
+            for at in (start,) if together else range(start, stop):
+                yield L2Entry(values[at]), stop - start if together else 1
+
+    def _ends_inside(self, entry: L2Entry, length: int) -> bool:
+        return self.data_file or entry.host_offset + length * self.geometry.cluster_size <= self.file_size
+
+    def _is_miscopied(self, entry: L2Entry, length: int) -> bool:
+        if self.data_file:
+            return not entry.copied
+        first = self.geometry.cluster_of(entry.host_offset)
+        if entry.copied:
+            return not self.stored.all_are(1, first, first + length)
+        return any(self.stored.get(cluster) == 1 for cluster in range(first, first + length))
+
+    # Comparing
 
     def overflows(self) -> Iterator[tuple[int, int]]:
-        for cluster in sorted({cluster for counts in self._counts.values() for cluster in counts}):
-            references = self.references(cluster)
+        for first, stop, uses in self._segments():
+            references = sum(uses.values())
             if references > self.most:
-                yield cluster, references
+                yield from ((cluster, references) for cluster in range(first, stop))
 
-    def compare(self) -> Iterator[Mismatch | Overlap]:
-        used = {cluster for counts in self._counts.values() for cluster in counts}
-        per_block, order = self.geometry.refcounts_per_block, self.geometry.refcount_order
-        by_block: dict[int, set[int]] = {}
-        for cluster in used:
-            by_block.setdefault(cluster // per_block, set()).add(cluster)
-        for index in sorted({*by_block, *self.stored.indices()}):
-            base = index * per_block
-            block = self.stored.block(index)
-            found: list[Mismatch | Overlap] = []
-            for cluster in sorted(_interesting(block, order, base) | by_block.get(index, set())):
-                if cluster >= self.clusters:
-                    break
-                references = min(self.references(cluster), self.most) if cluster in used else 0
-                stored = get_refcount(block, cluster - base, order) if block else 0
-                if block is not None and (stored or references):
+    def compared(self) -> Iterator[Mismatch | Overlap]:
+        at = 0
+        for first, stop, uses in chain(self._segments(), [(self.clusters, self.clusters, {})]):
+            yield from self._judge(at, first, 0)
+            yield from self._judge(first, stop, min(sum(uses.values()), self.most))
+            if any(use in uses for use in GUEST):
+                self.guest += stop - first
+            if must_not_share(uses):
+                yield Overlap(first, stop - first, tuple(sorted(uses.items())))
+            at = stop
+
+    def _segments(self) -> Iterator[tuple[int, int, dict[Use, int]]]:
+        """Ranges of clusters with the same uses, in order, without those that have none."""
+        changes: dict[int, Counter[Use]] = {}
+        for first, stop, use, weight in self._runs:
+            changes.setdefault(first, Counter())[use] += weight
+            changes.setdefault(stop, Counter())[use] -= weight
+        uses: Counter[Use] = Counter()
+        for first, stop in pairwise([*sorted(changes), 0]):
+            uses.update(changes[first])
+            uses = +uses  # without those that have come to 0
+            if uses:
+                yield first, stop, dict(uses)
+
+    def _judge(self, first: int, stop: int, references: int) -> Iterator[Mismatch]:
+        """Clusters that should all have one refcount."""
+        for start, end, block in self.stored.pieces(first, stop, every=references > 0) if first < stop else ():
+            if block is None:
+                continue
+            if self.stored.all_are(references, start, end):
+                self.highest = max(self.highest, end - 1) if references else self.highest
+                continue
+            for cluster in range(start, end):
+                stored = self.stored.get(cluster) or 0
+                if stored or references:
                     self.highest = max(self.highest, cluster)
-                if block is not None and stored != references:
-                    _append(found, Mismatch(cluster, 1, stored, references))
-                if cluster in used:
-                    self.guest += any(self._counts[use][cluster] for use in GUEST)
-                    uses = tuple((use, counts[cluster]) for use, counts in self._counts.items() if counts[cluster])
-                    if must_not_share(dict(uses)):
-                        _append(found, Overlap(cluster, 1, uses))
-            yield from found
-
-
-def _interesting(block: bytes | None, order: int, base: int) -> set[int]:
-    """The clusters with a refcount above 0; `base` is the first that the block counts."""
-    return {base + within for within in used_clusters(block, order).search(1)} if block else set()
+                if stored != references:
+                    yield Mismatch(cluster, 1, stored, references)
 
 
 def must_not_share(uses: dict[Use, int]) -> bool:
@@ -286,15 +360,6 @@ def must_not_share(uses: dict[Use, int]) -> bool:
     data, compressed = uses.get(Use.DATA, 0), uses.get(Use.COMPRESSED, 0)
     guests = data + uses.get(Use.SNAPSHOT, 0)
     return owners > 1 or bool(owners and guests + compressed) or data > 1 or bool(guests and compressed)
-
-
-def _append(found: list[Mismatch | Overlap], new: Mismatch | Overlap) -> None:
-    """Join what continues the last of its kind."""
-    last = next((index for index in range(len(found) - 1, -1, -1) if type(found[index]) is type(new)), None)
-    if last is not None and continues(found[last], new):
-        found[last] = joined(found[last], new)
-    else:
-        found.append(new)
 
 
 def continues(last: Mismatch | Overlap, new: Mismatch | Overlap) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 from ..format.entries import get_refcount, refcount_block_offset, table_entries
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
@@ -53,14 +54,63 @@ class StoredRefcounts:
             return None
         return self._file.read_padded(offset, size)
 
+    def row(self, start: int, stop: int) -> tuple[memoryview, list[bool]]:
+        """The bytes of the blocks from `start` up to `stop`, zeroes for those there are not; which can be read."""
+        size = self._geometry.cluster_size
+        table = self.table[start:stop]
+        offsets = [refcount_block_offset(entry) for entry in table] + [0] * (stop - start - len(table))
+        readable = [self._geometry.may_start(offset, size) for offset in offsets]
+        buffer = memoryview(bytearray(size * (stop - start)))
+        nowhere = self._file.size
+        places = (offset if offset and sound else nowhere for offset, sound in zip(offsets, readable, strict=True))
+        self._file.read_pieces(((offset, size) for offset in places), buffer)
+        return buffer, readable
+
     def get(self, cluster: int) -> int | None:
         """The refcount of a cluster; None if it cannot be read."""
         index, within = divmod(cluster, self._geometry.refcounts_per_block)
+        block = self._kept_block(index)
+        return None if block is None else get_refcount(block, within, self._geometry.refcount_order)
+
+    def all_are(self, value: int, first: int, stop: int) -> bool:
+        """True if the clusters from `first` up to `stop` all have this refcount; what cannot be read does."""
+        order, per_block = self._geometry.refcount_order, self._geometry.refcounts_per_block
+        for start, end, block in self.pieces(first, stop):
+            begin, length = start % per_block, end - start
+            if block is None:
+                continue
+            if order >= 3:
+                width = 1 << order - 3
+                if block[begin * width : (begin + length) * width] != value.to_bytes(width, "big") * length:
+                    return False
+            elif any(get_refcount(block, begin + at, order) != value for at in range(length)):
+                return False
+        return True
+
+    def pieces(self, first: int, stop: int, *, every: bool = True) -> Iterator[tuple[int, int, bytes | None]]:
+        """The clusters from `first` up to `stop`, cut where refcount blocks end, each piece with its block.
+
+        Args:
+            every: also where the refcount table names no block; there are as many pieces then as the range is long.
+        """
+        per_block = self._geometry.refcounts_per_block
+        indices: Iterable[int] = range(first // per_block, -(-stop // per_block))
+        if not every:
+            indices = [index for index in self._known if index in indices]
+        for index in indices:
+            start, end = max(first, index * per_block), min(stop, (index + 1) * per_block)
+            if start < end:
+                yield start, end, self._kept_block(index)
+
+    @cached_property
+    def _known(self) -> list[int]:
+        return list(self.indices())
+
+    def _kept_block(self, index: int) -> bytes | None:
         if index in self._kept:
             self._kept.move_to_end(index)
         else:
             self._kept[index] = self.block(index)
             if len(self._kept) > self._room:
                 self._kept.popitem(last=False)
-        block = self._kept[index]
-        return None if block is None else get_refcount(block, within, self._geometry.refcount_order)
+        return self._kept[index]

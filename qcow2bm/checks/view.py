@@ -85,7 +85,11 @@ class View:
         self.roots: list[Root] = []
         self.stored = StoredRefcounts.read(image)
         self.census: Census = PlainCensus(
-            self.geometry, self.file.size, self.stored, data_file=self.header.has_data_file
+            self.geometry,
+            self.file.size,
+            self.stored,
+            version=self.header.version,
+            data_file=self.header.has_data_file,
         )
         self.directory = BitmapDirectory(image)
         self.l2_tables = 0

@@ -11,6 +11,8 @@ from .view import Root, View
 
 _BATCH = 128 << 10
 """Bytes of L2 tables that are read at once."""
+_READ_ANYWAY = 256 << 20
+"""Bytes of L2 tables that are read without asking the file system for holes: zeroes are quick to read."""
 _PLAIN_ENTRIES = 1 << 14
 _PLAIN_BLOCKS = 64
 """L2 entries and refcount blocks up to which plain Python is faster than loading numpy."""
@@ -34,6 +36,7 @@ class TableWalk:
         self._geometry = view.geometry
         self.suspects: dict[int, tuple[int, int]] = {}
         self.miscopied: dict[int, int] = {}
+        self._buffer = memoryview(bytearray(max(_BATCH, view.geometry.cluster_size)))
 
     def run(self) -> None:
         """Choose the census, fill it, and leave the statistics in the view."""
@@ -44,8 +47,10 @@ class TableWalk:
         if entries > _PLAIN_ENTRIES or self._many_blocks():
             from .bulk import BulkCensus
 
-            data_file = view.header.has_data_file
-            view.census = BulkCensus(self._geometry, view.file.size, view.stored, data_file=data_file, entries=entries)
+            version, data_file = view.header.version, view.header.has_data_file
+            view.census = BulkCensus(
+                self._geometry, view.file.size, view.stored, version=version, data_file=data_file, entries=entries
+            )
         view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
         for active, others, offsets in groups:
             view.census.add_l2_tables(offsets, active + others)
@@ -104,6 +109,9 @@ class TableWalk:
     def _present(self, offsets: Sequence[int]) -> Iterator[int]:
         """The tables that may hold entries: those in holes and past the end of the file are all zeroes."""
         file, size = self._view.file, self._geometry.cluster_size
+        if len(offsets) * size <= _READ_ANYWAY:
+            yield from (offset for offset in offsets if offset < file.size)
+            return
         data = 0
         for offset in offsets:
             if offset + size <= data or offset >= file.size:
@@ -120,9 +128,9 @@ class TableWalk:
         at_once = max(1, _BATCH // size)
         for start in range(0, len(offsets), at_once):
             chosen = offsets[start : start + at_once]
-            parts = [self._view.file.read_padded(first, length) for first, length in _joined(chosen, size)]
-            data = parts[0] if len(parts) == 1 else b"".join(parts)
-            yield Batch(chosen, memoryview(data), active, others)
+            data = self._buffer[: len(chosen) * size]
+            self._view.file.read_pieces(_joined(chosen, size), data)
+            yield Batch(chosen, data, active, others)
 
 
 def _joined(offsets: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

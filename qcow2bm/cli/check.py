@@ -14,6 +14,7 @@ from ..checks.problems import PROBLEMS
 from ..checks.runner import DEFAULT_LIMIT
 from ..checks.runner import check as check_image
 from ..errors import Qcow2bmError
+from ..image.references import Kind
 from .failures import worst
 from .list import ImagesArgument
 from .options import ForceShareOption, OutputOption, ProgressOption
@@ -31,7 +32,6 @@ LimitOption = Annotated[
     typer.Option("--max-findings", metavar="N", min=0, help="Findings of each problem to keep; all are counted."),
 ]
 
-JSON_VERSION = 1
 _SHOWN = 3
 """Findings of each problem that are shown for reading."""
 _COLOURS = {Severity.CORRUPTION: "red", Severity.UNKNOWN: "red", Severity.BITMAP: "yellow", Severity.LEAK: "yellow"}
@@ -61,7 +61,8 @@ def check(
     4 data and refcounts are fine but a bitmap is unusable, 75 in use. Guest data is not read, and neither the backing
     file nor an external data file is opened.
     """
-    documents, statuses = [], []
+    documents: list[JsonObject] = []
+    statuses: list[int] = []
     for path in images:
         try:
             with ProgressBar(wanted=progress) as bar:
@@ -80,7 +81,7 @@ def check(
         else:
             _print(path, report)
     if output is Output.JSON:
-        print_json({"version": JSON_VERSION, "images": documents})
+        print_json({"images": documents})
     return worst(statuses)
 
 
@@ -121,17 +122,15 @@ def _by_problem(report: Report) -> Iterator[tuple[Problem, list[Finding]]]:
 
 def _summary(allocation: Allocation) -> Iterator[tuple[str, str | Cell]]:
     used = allocation.allocated
-    yield (
-        "allocated",
-        f"{used} of {allocation.total} clusters ({percent(used, allocation.total)}), "
-        f"{percent(allocation.fragmented, used)} fragmented, {percent(allocation.compressed, used)} compressed",
-    )
+    share = percent(used, allocation.total)
+    shares = f"{percent(allocation.fragmented, used)} fragmented, {percent(allocation.compressed, used)} compressed"
+    yield "allocated", f"{used} of {allocation.total} clusters ({share}), {shares}"
     yield "image ends at", human_size(allocation.image_end_offset)
     for kind, size in allocation.kinds.items():
         if size:
             yield kind.value, human_size(size)
-    for name, size in allocation.bitmaps.items():
-        yield f"  {name}", human_size(size)
+        if kind is Kind.BITMAPS:
+            yield from ((f"  {name}", human_size(taken)) for name, taken in allocation.bitmaps.items())
 
 
 # For programs

@@ -124,15 +124,14 @@ def _open(inspection: Inspection, request: Request, totals: Totals) -> None:
     """What QEMU does before the check: it refuses some images altogether."""
     from ..checks.model import InQemu
     from ..checks.runner import OPENING
-    from .qemu_check_text import REFUSALS
+    from .qemu_check_text import REFUSALS, refusal_order
 
     found = [*inspection.early, *inspection.findings(OPENING)]
     if inspection.view is not None:
         _warn_of_detached(inspection.view)
     refused = [finding for finding in found if finding.qemu is InQemu.REFUSES]
     if refused:
-        rank = list(REFUSALS)
-        first = min(refused, key=lambda finding: rank.index(finding.code))
+        first = min(refused, key=refusal_order)
         raise RefusedError(f"Could not open '{request.image}': {REFUSALS[first.code](first, inspection)}")
     for finding in found:
         _count(finding, inspection, totals)

@@ -169,6 +169,17 @@ REFUSALS: dict[str, Refusal] = {
 }
 """Code to the message behind "Could not open", in the order in which `qcow2_do_open` looks."""
 
+_ORDER = list(REFUSALS)
+_FIRST_IN_EXTENSIONS, _LAST_IN_EXTENSIONS = map(_ORDER.index, ("extension-too-long", "bitmap-directory-size"))
+
+
+def refusal_order(finding: Finding) -> tuple[int, int, int]:
+    """What QEMU meets first: in the header extensions, what stands first."""
+    rank = _ORDER.index(finding.code)
+    if _FIRST_IN_EXTENSIONS <= rank <= _LAST_IN_EXTENSIONS:
+        return _FIRST_IN_EXTENSIONS, finding.location.host_offset or 0, rank
+    return rank, finding.location.index or 0, 0
+
 
 # What its check prints
 

@@ -97,12 +97,12 @@ class ExtensionArea:
                 fault = Fault("extension-too-long", f"the header extensions go on at {at:#x}, where there is no room")
                 break
             kind, length = _HEAD.unpack_from(data, at)
-            if kind == ExtensionType.END:
-                break
             body = at + HEAD_LENGTH
-            if length > limit - body:
+            if length > limit - body:  # of the end marker too: QEMU looks at the length first
                 text = f"header extension {kind:#x} at {at:#x} is longer than the room it has"
                 fault = Fault("extension-too-long", text)
+                break
+            if kind == ExtensionType.END:
                 break
             stop = min(body + round_up(length, 8), limit)
             found.append(Extension(kind, data[body : body + length], at, data[body + length : stop]))

@@ -46,13 +46,20 @@ def compressed_clusters(descriptors: Words, geometry: Geometry) -> tuple[Cluster
     Matches `CompressedDescriptor.parse`.
     """
     shift = geometry.compressed_offset_bits
-    start = (descriptors & np.uint64((1 << shift) - 1)).astype(np.int64)
-    sectors = ((descriptors & np.uint64(COMPRESSED - 1)) >> np.uint64(shift)).astype(np.int64) + 1
-    end = (start & -COMPRESSED_SECTOR) + sectors * COMPRESSED_SECTOR
-    return start >> geometry.cluster_bits, (end - 1) >> geometry.cluster_bits, end
+    words = descriptors.view(np.int64)
+    start = words & (1 << shift) - 1
+    end = words >> shift
+    end &= (1 << 62 - shift) - 1  # sectors after the first one
+    end += 1
+    end *= COMPRESSED_SECTOR
+    end += start & -COMPRESSED_SECTOR
+    last = end - 1
+    last >>= geometry.cluster_bits
+    start >>= geometry.cluster_bits
+    return start, last, end
 
 
-def refcounts(blocks: bytes, order: int) -> Refcounts:
+def refcounts(blocks: bytes | memoryview, order: int) -> Refcounts:
     """The refcounts of one or more refcount blocks, native and as wide as they need. Matches `get_refcount`."""
     if order >= 3:
         width = 1 << order - 3

@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -109,6 +110,15 @@ class ImageFile:
         present = min(length, self.size - offset)
         data = self.read_at(offset, present) if present > 0 else b""
         return data if len(data) == length else data + bytes(length - len(data))
+
+    def read_pieces(self, pieces: Iterable[tuple[int, int]], buffer: memoryview) -> None:
+        """Fill `buffer` with pieces (offset, length) one after the other, padded as `read_padded` does."""
+        at = 0
+        for offset, length in pieces:
+            part = buffer[at : at + length]
+            at += length
+            if offset >= self.size or os.preadv(self.fd, [part], offset) != length:
+                part[:] = self.read_padded(offset, length)
 
     def is_hole(self, offset: int, length: int) -> bool:
         """True if the file certainly holds nothing but zeroes there: a sparse file may claim any number of tables."""

@@ -15,18 +15,19 @@ import signal
 import subprocess
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 
 from tests.support.bases import ROWS, Base, lay_out, make_bases
 from tests.support.damage import DAMAGES, Damaged, Generator
 
-ROUNDS = 40
+ROUNDS = 36
 SEEDS = range(ROUNDS * len(ROWS))
 
 DEADLINE = 20
@@ -36,6 +37,10 @@ COUNTS = (
     "corruptions", "leaks", "check-errors", "allocated-clusters", "total-clusters", "fragmented-clusters",
     "compressed-clusters", "image-end-offset",
 )  # fmt: skip
+
+
+WAYS = ("as it chooses", "by whole tables")
+"""How qcow2bm counts references: small images entry by entry, and the way of large images must find the same there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class Answer:
     @classmethod
     def of(cls, status: int | str, output: str, errors: str) -> Answer:
         said = json.loads(output) if output.strip() else None
-        return cls(status, said and {key: said.get(key, 0) for key in COUNTS}, sorted(errors.splitlines()))
+        counts = said and {key: said.get(key, 0) for key in COUNTS}
+        return cls(status, counts, sorted(errors.split("\n")))  # a name may hold what splitlines() takes for an end
 
 
 # ---- the two programs ----
@@ -66,22 +72,28 @@ def theirs(image: Path, secret: str | None) -> Answer:
             # No core files, and an allocation by a bad number fails at once.
             ["prlimit", "--core=0", f"--as={8 << 30}", "qemu-img", "check", "--output=json", *opening, name],
             capture_output=True, cwd=image.parent, timeout=DEADLINE, check=False, stdin=subprocess.DEVNULL,
-            env={**os.environ, "LC_ALL": "C.UTF-8"}, encoding="utf-8", errors="surrogateescape",
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Answer("no end", None, [])
     # An image named by options is quoted as such.
-    errors = done.stderr.replace(f"'{name}'", f"'{image}'")
-    return Answer.of(done.returncode, done.stdout, re.sub("^qemu-img: ", "qcow2bm: ", errors, flags=re.MULTILINE))
+    errors = done.stderr.decode(errors="surrogateescape").replace(f"'{name}'", f"'{image}'")
+    return Answer.of(
+        done.returncode, done.stdout.decode(), re.sub("^qemu-img: ", "qcow2bm: ", errors, flags=re.MULTILINE)
+    )
 
 
-def ours(image: Path) -> Answer:
+def ours(image: Path, way: str) -> Answer:
     """The drop-in's answer."""
     from qcow2bm.cli.qemu_check import run
 
     output, errors = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline():
+        with contextlib.ExitStack() as stack:
+            if way == "by whole tables":
+                stack.enter_context(patch("qcow2bm.checks.walk._PLAIN_ENTRIES", -1))
+            for context in (contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline()):
+                stack.enter_context(context)
             status = run(["--output=json", "-f", "qcow2", str(image)])
     except BaseException:  # noqa: BLE001 - whatever escapes would end the program: it is the answer
         return Answer("no status", None, traceback.format_exc().splitlines())
@@ -126,9 +138,16 @@ EXCUSES = (
         "an assertion or a bad access of its own",
         lambda answer, _: isinstance(answer.status, int) and answer.status < 0,
     ),
+    Excuse(
+        "a key is missing",
+        "qemu-img wants the key, though a check reads metadata only, which is not encrypted; ours does without",
+        lambda answer, _: any("Parameter 'encrypt.key-secret' is required" in line for line in answer.lines),
+    ),
     Excuse("qemu-img does not end", "nobody can wait for it", lambda answer, _: answer.status == "no end"),
 )
-BESIDE = re.compile("Could not open backing file|Could not open '[^']*': Could not open '")
+BESIDE = re.compile(
+    "Could not open backing file|Could not open '[^']*': Could not open '|The 'file' block driver requires a file name"
+)
 
 
 def excuse(answer: Answer, image: Damaged) -> Excuse | None:
@@ -156,31 +175,39 @@ def short(answer: Answer) -> str:
     return "\n".join([f"status {answer.status}, {answer.counts}", *answer.lines[:12], *more])
 
 
-def difference(image: Damaged, folder: Path) -> str | None:
-    """Where the two programs differ, if they do, and it is not excused."""
-    path = lay_out(image.base, image.data, folder)
-    their, our = theirs(path, image.base.secret), ours(path)
-    path.unlink()
-    if their == our or excuse(their, image):
-        return None
+def differences(images: Iterable[Damaged], folder: Path) -> str:
+    """Where the two programs differ, in either of the ways in which ours reads an image, and it is not excused."""
+    found = []
+    for image in images:
+        path = lay_out(image.base, image.data, folder)
+        their = theirs(path, image.base.secret)
+        for way in WAYS:
+            our = ours(path, way)
+            if their != our and not excuse(their, image):
+                found.append(explained(f"{image.name} ({way})", image, their, our))
+        path.unlink()
+    return "\n".join(found)
+
+
+def explained(title: str, image: Damaged, their: Answer, our: Answer) -> str:
+    """A difference to print: the damage, both answers, and of their lines those that the other lacks."""
     only = Counter(their.lines) - Counter(our.lines), Counter(our.lines) - Counter(their.lines)
     texts = (short(Answer(a.status, a.counts, sorted(o.elements()))) for a, o in zip((their, our), only, strict=True))
     changes = "\n".join(f"  {name}: {', '.join(places)}" for name, places in image.applied.items())
-    said = "{}\n{}\n--- qemu-img ---\n{}\n--- ours ---\n{}\n".format(image.name, changes, *texts)
+    said = "{}\n{}\n--- qemu-img ---\n{}\n--- ours ---\n{}\n".format(title, changes, *texts)
     return said.encode("utf-8", "backslashreplace").decode()  # a name's surrogates do not reach pytest's report
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_same_answer_for_every_base(number: int, generator: Generator, tmp_path: Path) -> None:
     seeds = SEEDS[number * len(ROWS) : (number + 1) * len(ROWS)]
-    differences = [said for seed in seeds if (said := difference(generator.damaged(seed), tmp_path))]
-    assert not differences, "\n".join(differences)
+    said = differences(map(generator.damaged, seeds), tmp_path)
+    assert not said, said
 
 
 def test_healthy_images_answer_the_same(bases: list[Base], tmp_path: Path) -> None:
-    images = [Damaged(-1, base, {}, base.data) for base in bases]
-    differences = [said for image in images if (said := difference(image, tmp_path))]
-    assert not differences, "\n".join(differences)
+    said = differences((Damaged(-1, base, {}, base.data) for base in bases), tmp_path)
+    assert not said, said
 
 
 def test_every_damage_is_done(generator: Generator) -> None:
@@ -200,7 +227,7 @@ def test_all_outcomes_occur(generator: Generator, tmp_path: Path) -> None:
     """An image that does not even open tests little, and so does one on which damage does not show."""
     seen: Counter[int | str] = Counter()
     excused = 0
-    for seed in SEEDS[: len(SEEDS) * 2 // 3]:
+    for seed in SEEDS[: len(SEEDS) // 2]:
         image = generator.damaged(seed)
         path = lay_out(image.base, image.data, tmp_path)
         answer = theirs(path, image.base.secret)

@@ -199,7 +199,7 @@ def opened_files(modules: Mapping[str, Module]) -> Iterator[str]:
 
 
 def passes_importing_passes(modules: Mapping[str, Module]) -> Iterator[str]:
-    folder = f"{PACKAGE}.check.passes."
+    folder = f"{PACKAGE}.checks.passes."
     for module, target in arrows(modules):
         if module.name.startswith(folder) and target.name.startswith(folder):
             yield f"{module.name} imports {target.name}: check passes know nothing of each other"

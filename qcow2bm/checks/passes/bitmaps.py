@@ -21,7 +21,8 @@ def directory(view: View) -> Iterator[Finding]:
     """Extension, directory and tables as the format has them, detached ones too: what QEMU sees when it opens."""
     found_in = view.directory
     if found_in.damage is not None:
-        place = Location("bitmap directory" if found_in.pointer else "extensions")
+        extension = found_in.extension
+        place = Location("extensions", extension.offset if extension is not None else None)
         silent = not found_in.attached and found_in.damage_code != _READ_ANYWAY
         assert found_in.damage_code is not None
         fault = Fault(found_in.damage_code, found_in.damage)

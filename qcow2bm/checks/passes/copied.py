@@ -14,7 +14,10 @@ def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
     geometry, root = view.geometry, view.roots[0]
     done: set[int] = set()
-    for index, entry in enumerate(view.read_l1(root)):
+    l1_table = view.read_l1(root)
+    if not view.miscopied and view.census.copied_rightly(l1_table):
+        return
+    for index, entry in enumerate(l1_table):
         offset = l1_offset(entry)
         stored = view.stored.get(geometry.cluster_of(offset)) if offset else None
         if stored is None:

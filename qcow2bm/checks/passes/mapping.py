@@ -39,6 +39,7 @@ def mapping(view: View) -> Iterator[Finding]:
 def _roots(view: View) -> Iterator[Root]:
     header = view.header
     broken = next((fault for fault in view.faults if fault.code in ("l1-offset", "l1-size")), None)
+    view.complete = view.complete and broken is None
     yield Root(header.l1_table_offset, header.l1_size, None, broken)
     for _, entry in view.snapshots:
         fault = None

@@ -41,6 +41,8 @@ def _entries(view: View) -> Iterator[Finding]:
         if view.header.version >= 3 and len(entry.extra_data) < _NEEDED:
             text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
             yield found("snapshot-incomplete", text, where, index=index)
+        if offset >= view.file.size:
+            continue  # all zeroes
         if not entry.id or entry.id in ids:
             text = f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
             yield found("snapshot-id", text, where)

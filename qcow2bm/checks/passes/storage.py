@@ -41,7 +41,7 @@ def encryption(view: View) -> Iterator[Finding]:
         yield found("encryption-header-offset", text, where, offset=pointer.offset)
     elif view.file.read_padded(pointer.offset, len(_LUKS_MAGIC)) != _LUKS_MAGIC:
         text = f"there is no LUKS header at {pointer.offset:#x}"
-        yield found("encryption-header-magic", text, Location("encryption header", pointer.offset))
+        yield found("encryption-header-magic", text, where, offset=pointer.offset)
 
 
 def data_file(view: View) -> Iterator[Finding]:

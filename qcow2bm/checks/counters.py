@@ -1,0 +1,127 @@
+"""How often clusters are referred to, as arrays: near the front of the file a counter for each, far out a list.
+
+Memory: two bytes for each near cluster that is touched, and eight for each reference to a far one. Which clusters are
+near follows from how many tables the image has, so a sparse file that claims exabytes takes what its tables take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..format.vectors import Clusters, Words
+
+_PIECE = 1 << 14
+"""References that are counted by index at once: their number bounds what one cluster can gain."""
+
+Array = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class Counters:
+    """Counters of one use. They widen when a count outgrows them.
+
+    Attributes:
+        array: the counters of near clusters, None while all are 0.
+        peak: no counter of a near cluster is above this.
+    """
+
+    def __init__(self, near: int) -> None:
+        self._near = near
+        self._far: list[tuple[int, Clusters]] = []
+        self._far_runs: list[tuple[int, int, int]] = []
+        self._sorted: tuple[Clusters, Words] | None = None
+        self.array: Array | None = None
+        self.peak = 0
+        self._limit = np.iinfo(np.uint16).max
+
+    def add_run(self, first: int, stop: int, weight: int) -> None:
+        """Count the clusters from `first` up to `stop`."""
+        if stop > self._near:
+            self._far_runs.append((max(first, self._near), stop, weight))
+        if first < self._near:
+            self._add_slice(first, min(stop, self._near), weight, weight)
+
+    def add_counts(self, base: int, counts: Clusters, weight: int) -> None:
+        """Count cluster `base + i` as often as `counts` says at i, times `weight`."""
+        stop = base + counts.size
+        if stop <= self._near:
+            highest = int(counts.max(initial=0)) * weight
+            self._add_slice(base, stop, counts if weight == 1 else counts * weight, highest)
+        else:
+            self.add_each(np.repeat(np.arange(base, stop, dtype=np.int64), counts), weight)
+
+    def add_each(self, clusters: Clusters, weight: int, *, ascending: bool = False) -> None:
+        """Count clusters, each as often as it comes; no oftener than once if they are `ascending`."""
+        if clusters.size and int(clusters.max()) >= self._near:
+            far = clusters >= self._near
+            self._far.append((weight, clusters[far]))
+            clusters = clusters[~far]
+        for start in range(0, clusters.size, _PIECE):
+            piece = clusters[start : start + _PIECE]
+            array = self._room(piece, weight * (1 if ascending else piece.size))
+            if ascending:
+                array[piece] += array.dtype.type(weight)
+            else:
+                np.add.at(array, piece, array.dtype.type(weight))
+
+    def slice(self, first: int, stop: int) -> Array | None:
+        """The counts of the clusters from `first` up to `stop`; None if all are 0."""
+        if stop <= self._near:
+            return None if self.array is None else self.array[first:stop]
+        counts = np.zeros(stop - first, np.uint64)
+        if self.array is not None and first < self._near:
+            counts[: self._near - first] = self.array[first:]
+        clusters, weights = self._far_sorted()
+        begin, end = np.searchsorted(clusters, [first, stop])
+        np.add.at(counts, clusters[begin:end] - first, weights[begin:end])
+        for start, end_of_run, weight in self._far_runs:
+            if start < stop and end_of_run > first:
+                counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
+        return counts if counts.any() else None
+
+    def far_blocks(self, per_block: int) -> set[int]:
+        """Indices of the refcount blocks that count far clusters which are referred to."""
+        found = {int(index) for index in np.unique(self._far_sorted()[0] // per_block)}
+        for first, stop, _ in self._far_runs:
+            found.update(range(first // per_block, (stop - 1) // per_block + 1))
+        return found
+
+    def tighten(self) -> None:
+        """Make `peak` exact."""
+        self.peak = int(self.array.max(initial=0)) if self.array is not None else 0
+
+    def _far_sorted(self) -> tuple[Clusters, Words]:
+        if self._sorted is None:
+            clusters = np.concatenate([np.empty(0, np.int64), *(part for _, part in self._far)])
+            weights = [np.full(part.size, weight, np.uint64) for weight, part in self._far]
+            order = np.argsort(clusters, kind="stable")
+            self._sorted = clusters[order], np.concatenate([np.empty(0, np.uint64), *weights])[order]
+        return self._sorted
+
+    def _add_slice(self, first: int, stop: int, counts: Clusters | int, highest: int) -> None:
+        if self.peak + highest > self._limit:
+            self.tighten()
+            self._widen(self.peak + highest)
+        self.peak += highest
+        array = self._counters()
+        np.add(array[first:stop], counts, out=array[first:stop], casting="unsafe")
+
+    def _room(self, clusters: Clusters, gain: int) -> Array:
+        """The counters, wide enough for these clusters to gain so much."""
+        most = int(self._counters()[clusters].max()) + gain
+        self.peak = max(self.peak, most)
+        self._widen(most)
+        return self._counters()
+
+    def _counters(self) -> Array:
+        if self.array is None:
+            self.array = np.zeros(self._near, np.uint16)  # the kernel gives the pages when they are written to
+        return self.array
+
+    def _widen(self, most: int) -> None:
+        if most > self._limit:
+            wider = np.uint32 if most < 1 << 32 else np.uint64
+            self.array = self._counters().astype(wider)
+            self._limit = np.iinfo(wider).max
