@@ -9,6 +9,7 @@ The tree (exit status in brackets)::
     │   ├── TruncatedImageError       [2]  a structure lies outside the file
     │   └── ProofError                [2]  clusters are not owned as the image says
     ├── UnsupportedImageError         [1]  sound, but not for this operation
+    │   └── UnsupportedVersionError   [1]  neither version 2 nor 3 of the format
     ├── OutdatedPlanError             [1]  the image has changed since the change was planned
     ├── InterruptedChangeError        [1]  a crash cut a change short
     ├── InUseError                   [75]  another process has the image open
@@ -103,6 +104,14 @@ class UnsupportedImageError(Qcow2bmError):
 
     Version 2, an unknown feature, the dirty or the corrupt bit.
     """
+
+
+class UnsupportedVersionError(UnsupportedImageError):
+    """The image has a version of the format that is not known."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(f"qcow2 version {version} is not known, only 2 and 3 are")
+        self.version = version
 
 
 class OutdatedPlanError(Qcow2bmError):

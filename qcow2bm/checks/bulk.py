@@ -440,7 +440,7 @@ class BulkCensus(Census):
         return stored, np.repeat(readable, self.geometry.refcounts_per_block)[:size]
 
     def _mismatches(self, first: int, total: Refcounts, stored: Refcounts, readable: Mask | None) -> Iterator[Mismatch]:
-        references = np.minimum(total, self.most) if self.geometry.refcount_bits < 64 else total
+        references = np.minimum(total, self.most) if self.most < np.iinfo(total.dtype).max else total
         wrong = stored != references
         if readable is not None:
             wrong &= readable

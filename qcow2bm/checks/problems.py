@@ -140,6 +140,10 @@ _ROWS = (
         _NO_START, _HEADER,
     ),
     Problem(
+        "encryption-header-size", _CORRUPTION, _GUESS, _REFUSES, "impossible size of the encryption header",
+        _NO_START, _HEADER,
+    ),
+    Problem(
         "encryption-header-outside", _CORRUPTION, _NONE, _COUNTS, "encryption header outside the file",
         "without it no data can be decrypted", "restore the header from a copy",
     ),
@@ -486,6 +490,8 @@ def found(
     return Finding(problem, message, location, problem.qemu if qemu is None else qemu, count, values)
 
 
-def from_fault(fault: Fault, location: Location, *, qemu: InQemu | None = None, prefix: str = "") -> Finding:
+def from_fault(
+    fault: Fault, location: Location, *, qemu: InQemu | None = None, prefix: str = "", **values: int
+) -> Finding:
     """A rule of the format that does not hold, as a finding."""
-    return found(fault.code, prefix + fault.message, location, qemu=qemu)
+    return found(fault.code, prefix + fault.message, location, qemu=qemu, **values)

@@ -20,7 +20,7 @@ from ..format.entries import table_entries
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea
 from ..format.faults import Fault
 from ..format.header import MAGIC, Header
-from ..format.limits import MAX_CLUSTER_BITS, MAX_L1_ENTRIES
+from ..format.limits import MAX_CLUSTER_BITS, MAX_ENCRYPTION_HEADER, MAX_L1_ENTRIES
 from ..format.snapshot_table import SnapshotEntry
 from ..format.text import decode_name
 from ..image import lock
@@ -47,7 +47,7 @@ class Root:
     def name(self) -> str | None:
         """The snapshot as QEMU's messages have it."""
         entry = self.snapshot
-        return None if entry is None else f"{decode_name(entry.id)} ({decode_name(entry.name)})"
+        return None if entry is None else f"{_as_c_string(entry.id)} ({_as_c_string(entry.name)})"
 
 
 class View:
@@ -121,9 +121,10 @@ class View:
     def crypto_header(self) -> CryptoHeaderPointer | None:
         """Where the LUKS header lies, if that can be told."""
         try:
-            return self.image.crypto_header
+            pointer = self.image.crypto_header
         except CorruptImageError:
             return None
+        return pointer if pointer is not None and pointer.length <= MAX_ENCRYPTION_HEADER else None
 
     def read_table(self, entry: BitmapEntry) -> array[int]:
         """A bitmap table as native integers; zeroes past the end of the file, nothing if its size is impossible."""
@@ -181,6 +182,10 @@ def damaged_image(file: ImageFile, header: Header, data: bytes, *, locked: bool)
     limit = header.backing_file_offset if 0 < header.backing_file_offset <= size else size
     extensions = ExtensionArea.parse(head, header.header_length, limit)
     return Qcow2Image(file, head, header, extensions, locked=locked)
+
+
+def _as_c_string(name: bytes) -> str:
+    return decode_name(name.partition(b"\0")[0])
 
 
 def unreadable(error: CorruptImageError) -> Fault:

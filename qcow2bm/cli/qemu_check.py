@@ -45,6 +45,7 @@ class Totals:
     leaks: int = 0
     errors: int = 0
     failure: str | None = None
+    corruption_signaled: bool = False
     pending: list[str] = field(default_factory=list)
 
     def say(self, lines: Iterable[str]) -> None:
@@ -97,7 +98,7 @@ def parse(argv: list[str]) -> Request:
 
 def _carry_out(request: Request) -> int:
     from ..checks.runner import inspecting
-    from ..errors import UnsupportedImageError
+    from ..errors import UnsupportedVersionError
 
     totals = Totals()
     try:
@@ -107,8 +108,8 @@ def _carry_out(request: Request) -> int:
         ):
             _open(inspection, request, totals)
             view = _check(inspection, totals)
-    except UnsupportedImageError as error:
-        raise RefusedError(f"Could not open '{request.image}': {error.message}") from None
+    except UnsupportedVersionError as error:
+        raise RefusedError(f"Could not open '{request.image}': Unsupported qcow2 version {error.version}") from None
     finally:
         totals.flush()
     if totals.failure is not None:
@@ -131,7 +132,7 @@ def _open(inspection: Inspection, request: Request, totals: Totals) -> None:
         _warn_of_detached(inspection.view)
     refused = [finding for finding in found if finding.qemu is InQemu.REFUSES]
     if refused:
-        first = min(refused, key=refusal_order)
+        first = min(refused, key=lambda finding: refusal_order(finding, inspection))
         raise RefusedError(f"Could not open '{request.image}': {REFUSALS[first.code](first, inspection)}")
     for finding in found:
         _count(finding, inspection, totals)
@@ -176,14 +177,13 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
         case InQemu.LEAK:
             totals.leaks += finding.count
         case InQemu.ERROR:
-            if not totals.errors:
+            if not totals.corruption_signaled and not inspection.header.geometry.is_aligned(finding.values["offset"]):
                 totals.say([unreadable_block(finding)])
+                totals.corruption_signaled = True
             totals.errors += finding.count
         case InQemu.FAILS:
             said, totals.failure = FAILURES.get(finding.code, (lambda *_: (), INVALID))
-            totals.say(
-                f"{'' if number else 'qcow2bm: '}{line}" for number, line in enumerate(said(finding, inspection))
-            )
+            totals.say(said(finding, inspection))
             return
         case _:
             return

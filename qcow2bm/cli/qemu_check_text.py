@@ -6,11 +6,14 @@ its check prints.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 from ..checks.model import Finding
 from ..checks.runner import Inspection
 from ..checks.view import View
+from ..errors import CorruptImageError
+from ..format.bitmap_directory import parse_directory
 from ..format.entries import COPIED
 from ..format.extensions import BitmapsExtension, ExtensionType, parse_feature_names
 from ..format.header import KNOWN_INCOMPATIBLE, V3_LENGTH
@@ -42,10 +45,33 @@ def _features(_: Finding, seen: Inspection) -> str:
     return f"Unsupported qcow2 feature(s): {', '.join(names)}"
 
 
+def _table_offset(name: str, offset: int, length: int, unreadable: str, seen: Inspection) -> str:
+    """Of an offset that is only too high QEMU learns when it reads there."""
+    if seen.header.geometry.is_aligned(offset) and offset + length < 1 << 63:
+        return f"{unreadable}: Input/output error"
+    return f"{name} offset invalid"
+
+
+def _l1_offset(_: Finding, seen: Inspection) -> str:
+    offset, length = seen.header.l1_table_offset, 8 * seen.header.l1_size
+    return _table_offset("Active L1 table", offset, length, "Could not read L1 table", seen)
+
+
+def _refcount_table_offset(_: Finding, seen: Inspection) -> str:
+    length = seen.header.refcount_table_clusters * seen.header.geometry.cluster_size
+    failed = "Could not initialize refcount handling"
+    return _table_offset("Reference count table", seen.header.refcount_table_offset, length, failed, seen)
+
+
 def _l1_size(_: Finding, seen: Inspection) -> str:
     if seen.header.l1_size > MAX_L1_ENTRIES:
         return "Active L1 table too large"
-    return "Image is too big" if seen.header.geometry.l1_entries > _INT_MAX else "L1 table is too small"
+    span = seen.header.geometry.l2_span
+    needed = (seen.header.size + span - 1 & (1 << 64) - 1) // span  # in 64 bits, as QEMU computes it
+    if needed > _INT_MAX:
+        return "Image is too big"
+    too_small = seen.header.l1_size < needed
+    return "L1 table is too small" if too_small else "Could not refresh total sector count: File too large"
 
 
 def _compression_bit(_: Finding, seen: Inspection) -> str:
@@ -90,24 +116,52 @@ def _directory_entries(finding: Finding, _: Inspection) -> str:
         return "More bitmaps found than specified in header extension"
     if "holds" in finding.message:
         return "Less bitmaps found than specified in header extension"
+    if "extra data" in finding.message:
+        return "Bitmap extra data is not supported"
     return "Broken bitmap directory"
 
 
+def _directory_outside(_: Finding, seen: Inspection) -> str:
+    """QEMU reads zeroes there, which are entries too."""
+    pointer, found = _pointer(seen), 0
+    data = _view(seen).file.read_padded(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
+    with contextlib.suppress(CorruptImageError):
+        for _place, entry in parse_directory(data, pointer.nb_bitmaps):
+            if not entry.bitmap_table_offset:
+                break
+            found += 1
+    if found == pointer.nb_bitmaps:
+        return "More bitmaps found than specified in header extension"
+    return "Bitmap '' doesn't satisfy the constraints"
+
+
 def _table_size(finding: Finding, seen: Inspection) -> str:
-    bitmap = _view(seen).directory.bitmaps[finding.location.index or 0]
+    bitmap = _view(seen).directory.bitmaps[finding.values["bitmap"]]
     covered = bitmap.entry.bitmap_table_size * seen.header.geometry.cluster_size * 8 << bitmap.entry.granularity_bits
     limit = seen.header.geometry.max_bitmap_table_entries
     if not 0 < bitmap.entry.bitmap_table_size <= limit or seen.header.geometry.virtual_size > covered:
         return _constraints(finding, seen)
-    return f"Could not read bitmap '{bitmap.name}' from image: Invalid argument"
+    return f"Could not read bitmap '{_c_string(bitmap.name)}' from image: Invalid argument"
 
 
 def _constraints(finding: Finding, _: Inspection) -> str:
-    return f"Bitmap '{finding.location.bitmap}' doesn't satisfy the constraints"
+    return f"Bitmap '{_c_string(finding.location.bitmap)}' doesn't satisfy the constraints"
+
+
+def _c_string(name: str | None) -> str:
+    return (name or "").partition("\0")[0]
+
+
+def _bitmap_table_offset(finding: Finding, seen: Inspection) -> str:
+    entry = _view(seen).directory.bitmaps[finding.values["bitmap"]].entry
+    if entry.bitmap_table_offset and seen.header.geometry.is_aligned(entry.bitmap_table_offset):
+        name = _c_string(finding.location.bitmap)
+        return f"Could not read bitmap_table table from image for bitmap '{name}': Input/output error"
+    return _constraints(finding, seen)
 
 
 def _table_entry(finding: Finding, _: Inspection) -> str:
-    name = finding.location.bitmap
+    name = _c_string(finding.location.bitmap)
     return f"Could not read bitmap_table table from image for bitmap '{name}': Invalid argument"
 
 
@@ -125,9 +179,9 @@ REFUSALS: dict[str, Refusal] = {
     "extended-l2-cluster-size": lambda _, seen: f"Unsupported subcluster size: {seen.header.geometry.subcluster_size}",
     "header-refcount-order": _says("Reference count entry width too large; may not exceed 64 bits"),
     "refcount-table-size": _says("Reference count table too large"),
-    "refcount-table-offset": _says("Reference count table offset invalid"),
+    "refcount-table-offset": _refcount_table_offset,
     "l1-size": _l1_size,
-    "l1-offset": _says("Active L1 table offset invalid"),
+    "l1-offset": _l1_offset,
     "l1-too-small": _says("L1 table is too small"),
     "encryption-method": lambda _, seen: f"Unsupported encryption method {seen.header.crypt_method}",
     "extension-too-long": _says("Header extension too large"),
@@ -137,9 +191,12 @@ REFUSALS: dict[str, Refusal] = {
     "encryption-extension-unexpected": _says("CRYPTO header extension only expected with LUKS encryption method"),
     "encryption-extension-length": _crypto_length,
     "encryption-header-offset": lambda finding, seen: (
-        f"Encryption header offset '{finding.values['offset']}' is not a multiple of cluster size "
+        "Could not read encryption header: Input/output error"
+        if seen.header.geometry.is_aligned(finding.values["offset"])
+        else f"Encryption header offset '{finding.values['offset']}' is not a multiple of cluster size "
         f"'{seen.header.geometry.cluster_size}'"
     ),
+    "encryption-header-size": _says("Request for data outside of extension header"),
     "encryption-header-magic": _says("Volume is not in LUKS format"),
     "bitmaps-extension-length": _says("bitmaps_ext: Invalid extension length"),
     "bitmaps-extension-reserved": _says("bitmaps_ext: Reserved field is not zero"),
@@ -152,17 +209,17 @@ REFUSALS: dict[str, Refusal] = {
         f"Missing CRYPTO header for crypt method {seen.header.crypt_method}"
     ),
     "backing-name-length": _says("Backing file name too long"),
-    "bitmap-directory-outside": _says("Bitmap '' doesn't satisfy the constraints"),
+    "bitmap-directory-outside": _directory_outside,
     "bitmap-extra-data": _says("Bitmap extra data is not supported"),
     "bitmap-extra-data-compatible": _says("Bitmap extra data is not supported"),
-    "bitmap-table-offset": _constraints,
+    "bitmap-table-offset": _bitmap_table_offset,
     "bitmap-flags": _constraints,
     "bitmap-type": _constraints,
     "bitmap-name": _constraints,
     "bitmap-granularity": _constraints,
     "bitmap-table-size": _table_size,
     "bitmap-directory-entries": _directory_entries,
-    "bitmap-name-duplicate": lambda finding, _: f"Bitmap already exists: {finding.location.bitmap}",
+    "bitmap-name-duplicate": lambda finding, _: f"Bitmap already exists: {_c_string(finding.location.bitmap)}",
     "bitmap-entry-reserved": _table_entry,
     "bitmap-entry-all-ones": _table_entry,
     "bitmap-entry-unaligned": _table_entry,
@@ -170,15 +227,22 @@ REFUSALS: dict[str, Refusal] = {
 """Code to the message behind "Could not open", in the order in which `qcow2_do_open` looks."""
 
 _ORDER = list(REFUSALS)
-_FIRST_IN_EXTENSIONS, _LAST_IN_EXTENSIONS = map(_ORDER.index, ("extension-too-long", "bitmap-directory-size"))
+_EXTENSIONS = range(_ORDER.index("extension-too-long"), _ORDER.index("bitmap-directory-size") + 1)
+_DIRECTORY = range(_ORDER.index("bitmap-extra-data"), _ORDER.index("bitmap-directory-entries") + 1)
+_LOADING = range(_ORDER.index("bitmap-name-duplicate"), len(_ORDER))
 
 
-def refusal_order(finding: Finding) -> tuple[int, int, int]:
-    """What QEMU meets first: in the header extensions, what stands first."""
+def refusal_order(finding: Finding, seen: Inspection) -> tuple[int, int, int]:
+    """What QEMU meets first: in the extensions what stands first, then directory entries, then bitmap by bitmap."""
     rank = _ORDER.index(finding.code)
-    if _FIRST_IN_EXTENSIONS <= rank <= _LAST_IN_EXTENSIONS:
-        return _FIRST_IN_EXTENSIONS, finding.location.host_offset or 0, rank
-    return rank, finding.location.index or 0, 0
+    if rank in _EXTENSIONS:
+        return _EXTENSIONS.start, finding.location.host_offset or 0, rank
+    bitmap = finding.values.get("bitmap", len(seen.view.directory.bitmaps) if seen.view is not None else 0)
+    if rank in _DIRECTORY and not REFUSALS[finding.code](finding, seen).startswith("Could not read"):
+        return _DIRECTORY.start, bitmap, rank
+    if rank in _DIRECTORY or rank in _LOADING:
+        return _LOADING.start, bitmap, 0 if finding.code == "bitmap-name-duplicate" else 1 + (rank in _DIRECTORY)
+    return rank, 0, 0
 
 
 # What its check prints
@@ -274,16 +338,16 @@ LINES: dict[str, Line] = {
 _RUNS = {"refcount-too-low": "ERROR", "leak": "Leaked"}
 """Findings of a run of clusters, with a line for each cluster."""
 
-_BAD_TABLE = "ERROR failed to read the snapshot table: "
+_BAD_TABLE = "qcow2bm: ERROR failed to read the snapshot table: "
 FAILURES: dict[str, tuple[Callable[[Finding, Inspection], tuple[str, ...]], str]] = {
     "snapshot-count": (
         lambda _, seen: (
-            "ERROR snapshot table too large",
+            "qcow2bm: ERROR snapshot table too large",
             _force(f"all {seen.header.nb_snapshots - MAX_SNAPSHOTS} overhanging snapshots"),
         ),
         "File too large",
     ),
-    "snapshot-table-offset": (lambda _, _seen: ("ERROR snapshot table offset invalid",), "Invalid argument"),
+    "snapshot-table-offset": (lambda _, _seen: ("qcow2bm: ERROR snapshot table offset invalid",), "Invalid argument"),
     "snapshot-table-size": (
         lambda f, _: (
             _BAD_TABLE + "Snapshot table is too big",
@@ -298,6 +362,7 @@ FAILURES: dict[str, tuple[Callable[[Finding, Inspection], tuple[str, ...]], str]
         ),
         "File too large",
     ),
+    "snapshot-l1-outside": (lambda f, _: (_region(f), "ERROR: I/O error in check_refcounts_l1"), "Input/output error"),
 }
 """Code to what is said before the check is given up, and to the reason given then."""
 FAILED = "Invalid argument"

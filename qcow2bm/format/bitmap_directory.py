@@ -91,7 +91,9 @@ class BitmapEntry:
 
     def faults(self, geometry: Geometry) -> Iterator[Fault]:
         """Why QEMU would refuse this entry, and with it the image: as `check_dir_entry` and `load_bitmap_data` do."""
-        if self.bitmap_table_offset == 0 or not geometry.is_aligned(self.bitmap_table_offset):
+        if self.bitmap_table_offset == 0 or not geometry.may_start(
+            self.bitmap_table_offset, 8 * self.bitmap_table_size
+        ):
             yield Fault("bitmap-table-offset", f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's")
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
         if int(self.flags) & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO | BitmapFlag.EXTRA_DATA_COMPATIBLE):
@@ -135,6 +137,9 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
         head = ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH])
     except ConstructError:
         raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}") from None
+    if head.extra_data_size >> 31:
+        text = f"a bitmap has {head.extra_data_size} bytes of extra data, more than a directory can hold"
+        raise _no_such_entries(text)
     name_at = offset + FIXED_LENGTH + head.extra_data_size
     length = FIXED_LENGTH + head.extra_data_size + head.name_size
     end = offset + round_up(length, 8)
@@ -165,6 +170,8 @@ def parse_directory(data: bytes, count: int) -> Iterator[tuple[int, BitmapEntry]
         entry = parse_entry(data, offset)
         yield offset, entry
         offset += entry.size
+    if 0 < len(data) - offset < FIXED_LENGTH:
+        raise _no_such_entries(f"the bitmap directory ends within an entry at {offset:#x}")
     if offset != len(data):
         raise _no_such_entries(f"the bitmap directory goes on after its {count} bitmaps")
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .limits import MAX_BITMAP_BYTES, MAX_BITMAP_TABLE_ENTRIES, MAX_DEFAULT_GRANULARITY, MIN_DEFAULT_GRANULARITY
+from .limits import (
+    MAX_BITMAP_BYTES,
+    MAX_BITMAP_TABLE_ENTRIES,
+    MAX_DEFAULT_GRANULARITY,
+    MAX_FILE_SIZE,
+    MIN_DEFAULT_GRANULARITY,
+)
 
 SUBCLUSTERS = 32
 """Subclusters in a cluster of an image with extended L2 entries."""
@@ -61,8 +67,8 @@ class Geometry:
         return offset & (self.cluster_size - 1) == 0
 
     def may_start(self, offset: int, length: int) -> bool:
-        """True if a table of `length` bytes may start at `offset`: aligned, and within what a file can have."""
-        return self.is_aligned(offset) and offset + length < 1 << 63
+        """True if a table of `length` bytes may start at `offset`: aligned, and within what QEMU can address."""
+        return self.is_aligned(offset) and offset + length <= MAX_FILE_SIZE
 
     # Cluster mapping
 

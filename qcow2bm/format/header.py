@@ -13,7 +13,13 @@ from enum import IntFlag
 
 from construct import Bytes, ConstructError, Int32ub, Int64ub, Struct
 
-from ..errors import CorruptImageError, NotQcow2Error, TruncatedImageError, UnsupportedImageError
+from ..errors import (
+    CorruptImageError,
+    NotQcow2Error,
+    TruncatedImageError,
+    UnsupportedImageError,
+    UnsupportedVersionError,
+)
 from .faults import Fault, Weight
 from .geometry import SUBCLUSTERS, Geometry
 from .limits import (
@@ -153,7 +159,7 @@ class Header:
             fields = dict(V2_STRUCT.parse(data))
             del fields["_io"], fields["magic"]
             if fields["version"] not in (2, 3):
-                raise UnsupportedImageError(f"qcow2 version {fields['version']} is not known, only 2 and 3 are")
+                raise UnsupportedVersionError(fields["version"])
             if fields["version"] == 2:
                 return cls(**fields)
             fields |= V3_STRUCT.parse(data[V2_LENGTH:])

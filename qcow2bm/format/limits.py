@@ -9,9 +9,14 @@ MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MAX_REFCOUNT_ORDER = 6
 
+MAX_FILE_SIZE = (1 << 63) - (1 << 30)
+"""Bytes (BDRV_MAX_LENGTH): nothing beyond can be read."""
 MAX_L1_ENTRIES = (32 << 20) // 8
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_BACKING_NAME = 1023
+
+MAX_ENCRYPTION_HEADER = 1 << 30
+"""Bytes; QEMU has no limit, a LUKS header with all its key material takes a few MiB."""
 
 MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_TABLE_BYTES = 64 << 20

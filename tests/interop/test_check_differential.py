@@ -38,9 +38,11 @@ COUNTS = (
     "compressed-clusters", "image-end-offset",
 )  # fmt: skip
 
-
 WAYS = ("as it chooses", "by whole tables")
 """How qcow2bm counts references: small images entry by entry, and the way of large images must find the same there."""
+
+
+NO_STATUS, NO_END = "it failed", "it did not end"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def theirs(image: Path, secret: str | None) -> Answer:
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Answer("no end", None, [])
+        return Answer(NO_END, None, [])
     # An image named by options is quoted as such.
     errors = done.stderr.decode(errors="surrogateescape").replace(f"'{name}'", f"'{image}'")
     return Answer.of(
@@ -92,11 +94,12 @@ def ours(image: Path, way: str) -> Answer:
         with contextlib.ExitStack() as stack:
             if way == "by whole tables":
                 stack.enter_context(patch("qcow2bm.checks.walk._PLAIN_ENTRIES", -1))
+            stack.enter_context(patch("os.execv", side_effect=AssertionError("handed over to the real qemu-img")))
             for context in (contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline()):
                 stack.enter_context(context)
             status = run(["--output=json", "-f", "qcow2", str(image)])
-    except BaseException:  # noqa: BLE001 - whatever escapes would end the program: it is the answer
-        return Answer("no status", None, traceback.format_exc().splitlines())
+    except (Exception, SystemExit):  # noqa: BLE001 - whatever escapes would end the program: it is the answer
+        return Answer(NO_STATUS, None, traceback.format_exc().splitlines())
     return Answer.of(status, output.getvalue(), errors.getvalue())
 
 
@@ -124,35 +127,35 @@ class Excuse(NamedTuple):
 
     name: str
     reason: str
-    applies: Callable[[Answer, Damaged], bool]
+    applies: Callable[[Answer], bool]
 
 
 EXCUSES = (
     Excuse(
         "a file beside the image cannot be opened",
         "qemu-img opens the whole chain and the data file; a check of the image's own structures needs neither",
-        lambda answer, _: answer.status == 1 and any(map(BESIDE.search, answer.lines)),
+        lambda answer: answer.status == 1 and any(map(BESIDE.search, answer.lines)),
     ),
     Excuse(
         "qemu-img crashes",
         "an assertion or a bad access of its own",
-        lambda answer, _: isinstance(answer.status, int) and answer.status < 0,
+        lambda answer: isinstance(answer.status, int) and answer.status < 0,
     ),
     Excuse(
         "a key is missing",
         "qemu-img wants the key, though a check reads metadata only, which is not encrypted; ours does without",
-        lambda answer, _: any("Parameter 'encrypt.key-secret' is required" in line for line in answer.lines),
+        lambda answer: any("Parameter 'encrypt.key-secret' is required" in line for line in answer.lines),
     ),
-    Excuse("qemu-img does not end", "nobody can wait for it", lambda answer, _: answer.status == "no end"),
+    Excuse("qemu-img does not end", "nobody can wait for it", lambda answer: answer.status == NO_END),
 )
 BESIDE = re.compile(
     "Could not open backing file|Could not open '[^']*': Could not open '|The 'file' block driver requires a file name"
 )
 
 
-def excuse(answer: Answer, image: Damaged) -> Excuse | None:
-    """The excuse for another answer than this one."""
-    return next((excuse for excuse in EXCUSES if excuse.applies(answer, image)), None)
+def excuse(answer: Answer) -> Excuse | None:
+    """The excuse for another answer than this one of the real qemu-img's."""
+    return next((excuse for excuse in EXCUSES if excuse.applies(answer)), None)
 
 
 # ---- the tests ----
@@ -183,7 +186,7 @@ def differences(images: Iterable[Damaged], folder: Path) -> str:
         their = theirs(path, image.base.secret)
         for way in WAYS:
             our = ours(path, way)
-            if their != our and not excuse(their, image):
+            if their != our and (our.status == NO_STATUS or not excuse(their)):
                 found.append(explained(f"{image.name} ({way})", image, their, our))
         path.unlink()
     return "\n".join(found)
@@ -233,6 +236,6 @@ def test_all_outcomes_occur(generator: Generator, tmp_path: Path) -> None:
         answer = theirs(path, image.base.secret)
         path.unlink()
         seen[answer.status] += 1
-        excused += excuse(answer, image) is not None
+        excused += excuse(answer) is not None
     assert all(seen[status] >= 60 for status in (0, 1, 2, 3)), seen
     assert excused < seen.total() * 0.03, excused

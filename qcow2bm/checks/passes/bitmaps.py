@@ -31,7 +31,7 @@ def directory(view: View) -> Iterator[Finding]:
     room = view.file.size // 8 + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
         where = Location("bitmap directory", _directory_offset(view), index, bitmap=bitmap.name)
-        yield from _entry(view, bitmap, where, duplicate=bitmap.entry.name in names)
+        yield from _entry(view, bitmap, where, index, duplicate=bitmap.entry.name in names)
         names.add(bitmap.entry.name)
         room -= bitmap.entry.bitmap_table_size
         if room < 0:
@@ -41,7 +41,7 @@ def directory(view: View) -> Iterator[Finding]:
             return
         view.bitmaps.append(bitmap)
         if not bitmap.entry.flags & BitmapFlag.IN_USE:
-            yield from _table_faults(view, bitmap)
+            yield from _table_faults(view, bitmap, index)
 
 
 def clusters(view: View) -> Iterator[Finding]:
@@ -52,22 +52,25 @@ def clusters(view: View) -> Iterator[Finding]:
     for index, bitmap in enumerate(view.bitmaps):
         yield from _table(view, bitmap, index)
         if bitmap.entry.flags & BitmapFlag.IN_USE:
-            yield from _table_faults(view, bitmap)
+            yield from _table_faults(view, bitmap, index)
 
 
 def _directory_offset(view: View) -> int | None:
     return view.directory.pointer.bitmap_directory_offset if view.directory.pointer else None
 
 
-def _entry(view: View, bitmap: StoredBitmap, where: Location, *, duplicate: bool) -> Iterator[Finding]:
+def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, duplicate: bool) -> Iterator[Finding]:
     attached, in_use = view.directory.attached, bool(bitmap.entry.flags & BitmapFlag.IN_USE)
     silent = None if attached else InQemu.SILENT
     for fault in bitmap.entry.faults(view.geometry):
         nameless = fault.code == "bitmap-name" and not bitmap.entry.name  # which QEMU does not mind
-        yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=InQemu.SILENT if nameless else silent)
+        qemu = InQemu.SILENT if nameless else silent
+        yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=qemu, bitmap=index)
     if duplicate:
         ignored = InQemu.SILENT if in_use else silent  # QEMU skips one in use whose name it knows
-        yield found("bitmap-name-duplicate", f"a second bitmap is called '{bitmap.name}'", where, qemu=ignored)
+        yield found(
+            "bitmap-name-duplicate", f"a second bitmap is called '{bitmap.name}'", where, qemu=ignored, bitmap=index
+        )
     if not attached:
         text = f"bitmap '{bitmap.name}' is detached: the autoclear bit is off"
         yield found("bitmap-detached", text, where)
@@ -84,14 +87,14 @@ def _may_be_read(view: View, bitmap: StoredBitmap) -> bool:
     return view.geometry.may_start(offset, 8 * entries) and entries <= view.geometry.max_bitmap_table_entries
 
 
-def _table_faults(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
+def _table_faults(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
     """Entries that break the format. QEMU loads tables as it opens the image, those in use only in its check."""
     in_use = bitmap.entry.flags & BitmapFlag.IN_USE
     qemu = (InQemu.FAILS if in_use else InQemu.REFUSES) if view.directory.attached else InQemu.SILENT
     for place, entry in _entries(view, bitmap):
         fault = entry.fault(view.geometry)
         if fault is not None:
-            yield from_fault(fault, place, prefix=f"bitmap '{bitmap.name}': table ", qemu=qemu)
+            yield from_fault(fault, place, prefix=f"bitmap '{bitmap.name}': table ", qemu=qemu, bitmap=index)
 
 
 def _entries(view: View, bitmap: StoredBitmap) -> Iterator[tuple[Location, BitmapTableEntry]]:

@@ -14,7 +14,7 @@ from ...format.faults import Fault
 from ...format.header import Autoclear
 from ...format.limits import MAX_L1_ENTRIES
 from ..census import Use
-from ..model import Finding, Location
+from ..model import Finding, InQemu, Location
 from ..problems import found
 from ..view import Root, View
 from ..walk import TableWalk
@@ -77,7 +77,9 @@ def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: se
     if not view.census.add(Use.STRUCTURE, root.offset, 8 * root.entries):
         code = "l1-outside" if root.snapshot is None else "snapshot-l1-outside"
         text = f"the {table} ({8 * root.entries} bytes at {root.offset:#x}) lies outside the file"
-        yield found(code, text, where, offset=root.offset, size=8 * root.entries)
+        unreadable = root.snapshot is not None and not view.geometry.may_start(root.offset, 8 * root.entries)
+        qemu = InQemu.FAILS if unreadable else None
+        yield found(code, text, where, qemu=qemu, offset=root.offset, size=8 * root.entries)
     size, cut = view.geometry.cluster_size, view.geometry.cluster_size - 1
     for index, entry in enumerate(view.read_l1(root)):
         if not entry:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from ...errors import CorruptImageError
 from ...format.extensions import CryptoHeaderPointer, ExtensionType
 from ...format.header import Autoclear, field_offset
-from ..model import Finding, Location
+from ...format.limits import MAX_ENCRYPTION_HEADER
+from ..model import Finding, InQemu, Location
 from ..problems import found, from_fault
 from ..view import View, unreadable
 
 _LUKS = 2
+_LUKS_LENGTH = 592
+"""Bytes of a LUKS header without its key material."""
 _LUKS_MAGIC = b"LUKS\xba\xbe"
 
 
@@ -36,9 +39,15 @@ def encryption(view: View) -> Iterator[Finding]:
     except CorruptImageError as error:
         yield from_fault(unreadable(error), where)
         return
-    if not view.geometry.is_aligned(pointer.offset):
+    if not view.geometry.may_start(pointer.offset, 0):
         text = f"the encryption header's offset {pointer.offset:#x} is not a cluster's"
         yield found("encryption-header-offset", text, where, offset=pointer.offset)
+    elif pointer.length < _LUKS_LENGTH:
+        text = f"the encryption header has {pointer.length} bytes, a LUKS header {_LUKS_LENGTH} at least"
+        yield found("encryption-header-size", text, where)
+    elif pointer.length > MAX_ENCRYPTION_HEADER:
+        text = f"the encryption header has {pointer.length} bytes, which nobody would write"
+        yield found("encryption-header-size", text, where, qemu=InQemu.SILENT)
     elif view.file.read_padded(pointer.offset, len(_LUKS_MAGIC)) != _LUKS_MAGIC:
         text = f"there is no LUKS header at {pointer.offset:#x}"
         yield found("encryption-header-magic", text, where, offset=pointer.offset)
