@@ -231,11 +231,10 @@ class BulkCensus(Census):
         compressed: Mask = entries.values & np.uint64(COMPRESSED) != 0
         if self.data_file:
             return compressed
-        _, _, end = entries.streams
-        odd: Mask = end - self.file_size >= self.geometry.cluster_size
+        odd: Mask = entries.streams[2] >= self.file_size + self.geometry.cluster_size
         if entries.every & COPIED:
             odd |= entries.values & np.uint64(COPIED) != 0
-        return odd & compressed
+        return odd if entries.all_compressed else odd & compressed
 
     def _odd_subclusters(self, entries: _Entries, bitmaps: Words) -> Mask:
         low = np.uint64((1 << SUBCLUSTERS) - 1)
@@ -335,9 +334,9 @@ class BulkCensus(Census):
         base, stop = int(first.min()), int(last.max()) + 1
         self.clusters = max(self.clusters, stop)
         dense = stop - base <= 4 * first.size + _DENSE
-        longest = int((last - first).max())
-        for step in range(longest + 1):
-            part = first if step == 0 else (first + step)[last - first >= step]
+        reach = last - first
+        for step in range(int(reach.max()) + 1):
+            part = first if step == 0 else first[np.flatnonzero(reach >= step)] + step
             if dense:
                 counts.add_counts(base, np.bincount(part - base), weight)
             else:

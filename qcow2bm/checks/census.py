@@ -287,10 +287,11 @@ class PlainCensus(Census):
             return
         steps = map(sub, values[1:], values)
         breaks = [at for at, step in enumerate(steps, 1) if step != size and (step or values[at])]
-        for start, stop in pairwise([0, *breaks, len(values)]):
-            entry = L2Entry(values[start])
-            if not entry.value:
+        for begin, stop in pairwise([0, *breaks, len(values)]):
+            start = begin if values[begin] else begin + 1  # nothing, and then the second cluster of the file
+            if start == stop:
                 continue
+            entry = L2Entry(values[start])
             together = not entry.is_compressed and self._ends_inside(entry, stop - start)
             for at in (start,) if together else range(start, stop):
                 yield L2Entry(values[at]), stop - start if together else 1

@@ -106,4 +106,4 @@ class OwnerSearch:
         if self._filter is None:
             self._filter = ClusterFilter(self._owners)
         hits = self._filter.range_hits(*host_clusters(table, self._geometry))
-        return (index for index, _ in hits)
+        return iter(sorted({index for index, _ in hits}))  # one may reach into two of the clusters

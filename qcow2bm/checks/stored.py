@@ -54,6 +54,12 @@ class StoredRefcounts:
             return None
         return self._file.read_padded(offset, size)
 
+    def is_readable(self, index: int) -> bool:
+        """False if the entry of a refcount block cannot be an offset."""
+        return index >= len(self.table) or self._geometry.may_start(
+            refcount_block_offset(self.table[index]), self._geometry.cluster_size
+        )
+
     def row(self, start: int, stop: int) -> tuple[memoryview, list[bool]]:
         """The bytes of the blocks from `start` up to `stop`, zeroes for those there are not; which can be read."""
         size = self._geometry.cluster_size

@@ -19,6 +19,7 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import table_entries
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea
 from ..format.faults import Fault
+from ..format.geometry import div_up
 from ..format.header import MAGIC, Header
 from ..format.limits import MAX_CLUSTER_BITS, MAX_ENCRYPTION_HEADER, MAX_L1_ENTRIES
 from ..format.snapshot_table import SnapshotEntry
@@ -109,11 +110,11 @@ class View:
                 yield Reference(root.offset, 8 * root.entries, Kind.L1_TABLES, l1_owner(root.snapshot))
 
     def read_l1(self, root: Root) -> array[int]:
-        """An L1 table as native integers; zeroes past the end of the file, nothing if it cannot be one."""
+        """An L1 table as native integers, without the zeroes past the end of the file; nothing if it cannot be one."""
         if root.fault is not None or root.entries > MAX_L1_ENTRIES:
             return array("Q")
-        length = 8 * root.entries
-        if self.file.is_hole(root.offset, length) or root.offset >= self.file.size:
+        length = 8 * min(root.entries, div_up(self.file.size - root.offset, 8))
+        if length <= 0 or self.file.is_hole(root.offset, length):
             return array("Q")
         return table_entries(self.file.read_padded(root.offset, length))
 

@@ -92,7 +92,9 @@ class ImageFile:
         Raises:
             TruncatedImageError: the range lies outside the file. Nothing is allocated on the word of such a range.
         """
-        if length and (offset >= self.size or offset + length > self.size + self.slack):
+        if not length:
+            return b""
+        if offset >= self.size or offset + length > self.size + self.slack:
             raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
         data = os.pread(self.fd, length, offset)
         if len(data) == length:

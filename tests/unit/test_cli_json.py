@@ -12,14 +12,16 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from qcow2bm import __main__
+from qcow2bm.checks.model import InQemu, RepairClass, Severity
 from qcow2bm.cli.app import COMMANDS
-from tests.support.images import FIXTURES, all_fixtures, unpack
+from tests.support.images import FIXTURES, all_fixtures, corrupt_fixtures, unpack
 
 SCHEMAS = {
     path.name: json.loads(path.read_text(encoding="utf-8"))
     for path in sorted((FIXTURES.parent / "docs" / "schemas").glob("*.schema.json"))
 }
 SHARED = "bitmap.schema.json"
+VERDICTS = SCHEMAS["check.schema.json"]["properties"]["images"]["items"]["oneOf"][0]["properties"]["verdict"]["enum"]
 
 
 def strict(schema: Any) -> Any:
@@ -90,6 +92,36 @@ def test_damaged_images(tmp_path: Path, document) -> None:
         file.truncate(100_000)
     for name in ("list", "info", "dump"):
         check(name, document(name, path))
+
+
+def test_check(tmp_path: Path, document) -> None:
+    """A sound image and all damaged ones in one document, with one that is not there and one that is no image."""
+    (tmp_path / "raw").write_bytes(bytes(4096))
+    healthy = unpack("office-week", tmp_path)
+    damaged = [sample.unpack(tmp_path / sample.name) for sample in corrupt_fixtures()]
+    parsed = document("check", "--owners", healthy, *damaged, tmp_path / "missing", tmp_path / "raw")
+    check("check", parsed)
+    clean, *images, missing, raw = parsed["images"]
+    assert [image["status"] for image in (clean, missing, raw)] == [0, 1, 63]
+    assert (clean["verdict"], clean["counts"], clean["findings"]) == ("clean", {}, [])
+    for image in images:
+        kept = sum(finding["count"] for finding in image["findings"])
+        assert image["findings-dropped"] == sum(image["counts"].values()) - kept
+        assert {finding["code"] for finding in image["findings"]} == set(image["counts"])
+    findings = [finding for image in images for finding in image["findings"]]
+    assert {finding["severity"] for finding in findings} == set(VERDICTS) - {"clean"}
+    assert {finding["qemu-img"] for finding in findings} == {qemu.value for qemu in InQemu}
+    assert any(finding["owners"] for finding in findings)
+
+
+def test_check_knows_the_words_of_the_schema() -> None:
+    """Enumerations are written twice, in the schema and in the program."""
+    result = SCHEMAS["check.schema.json"]["properties"]["images"]["items"]["oneOf"][0]["properties"]
+    finding = result["findings"]["items"]["properties"]
+    assert set(VERDICTS) == {"clean"} | {severity.value for severity in Severity}
+    assert finding["severity"]["enum"] == result["severities"]["required"] == [one.value for one in Severity]
+    assert finding["repair"]["enum"] == [one.value for one in RepairClass]
+    assert finding["qemu-img"]["enum"] == [one.value for one in InQemu]
 
 
 @pytest.mark.parametrize(

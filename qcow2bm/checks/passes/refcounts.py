@@ -72,7 +72,7 @@ def _unreadable(view: View) -> Iterator[Finding]:
     per_block = view.geometry.refcounts_per_block
     for index in view.stored.indices():
         first, stop = index * per_block, min((index + 1) * per_block, view.census.clusters)
-        if first >= stop or view.stored.block(index) is not None:
+        if first >= stop or view.stored.is_readable(index):
             continue
         offset = refcount_block_offset(view.stored.table[index])
         text = f"the refcounts of {stop - first} clusters cannot be read: their block {index} is at {offset:#x}"
