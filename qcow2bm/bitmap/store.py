@@ -6,6 +6,7 @@ image when one entry is bad; here the others stay readable.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterator
 from enum import Enum
@@ -71,11 +72,15 @@ class StoredBitmap:
 
     Attributes:
         entry: its bitmap directory entry.
+        place: where that is in the file, in bytes.
     """
 
-    def __init__(self, image: Qcow2Image, entry: BitmapEntry, *, attached: bool, conflict: str | None) -> None:
+    def __init__(
+        self, image: Qcow2Image, entry: BitmapEntry, place: int, *, attached: bool, conflict: str | None
+    ) -> None:
         self._image = image
         self.entry = entry
+        self.place = place
         self._attached = attached
         self._conflict = conflict
 
@@ -273,21 +278,27 @@ class BitmapDirectory:
                 raise CorruptImageError(text, code="bitmaps-extension-missing")
             return
         pointer = BitmapsExtension.parse(self.extension.data)
+        if not pointer.reserved:
+            yield from self._entries(image, pointer)
+            return
+        with contextlib.suppress(CorruptImageError):  # QEMU looks at that field first; what the rest says is clear
+            yield from self._entries(image, pointer)
+        raise CorruptImageError("the bitmaps extension has a reserved field set", code="bitmaps-extension-reserved")
+
+    def _entries(self, image: Qcow2Image, pointer: BitmapsExtension) -> Iterator[StoredBitmap]:
         _require_sane(image, pointer)
         self.pointer = pointer
         data = image.file.read_at(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         names: set[bytes] = set()
         tables: set[int] = set()
-        for _, entry in parse_directory(data, pointer.nb_bitmaps):
+        for at, entry in parse_directory(data, pointer.nb_bitmaps):
             conflict = "another bitmap has the same name" if entry.name in names else None
             if entry.bitmap_table_offset in tables:
                 conflict = _SHARED_TABLE
-            yield StoredBitmap(image, entry, attached=self.attached, conflict=conflict)
+            place = pointer.bitmap_directory_offset + at
+            yield StoredBitmap(image, entry, place, attached=self.attached, conflict=conflict)
             names.add(entry.name)
             tables.add(entry.bitmap_table_offset)
-        if pointer.reserved:  # what it says is clear all the same
-            text = "the bitmaps extension has a reserved field set"
-            raise CorruptImageError(text, code="bitmaps-extension-reserved")
 
     def find(self, name: str) -> StoredBitmap:
         """The bitmap of a name.
@@ -329,6 +340,6 @@ def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
         raise CorruptImageError(text, code="bitmap-directory-offset")
     if not FIXED_LENGTH <= size <= MAX_BITMAP_DIRECTORY_BYTES:
         raise CorruptImageError(f"the bitmap directory's size is {size}", code="bitmap-directory-size")
-    if offset >= image.file.size or offset + size > image.file.size + image.geometry.cluster_size:
+    if offset >= image.file.size or offset + size >= image.file.size + image.geometry.cluster_size:
         text = f"the bitmap directory at {offset:#x} lies outside the file of {image.file.size} bytes"
         raise TruncatedImageError(text, code="bitmap-directory-outside")

@@ -114,11 +114,21 @@ class BulkCensus(Census):
     def count(self, use: Use, first: int, stop: int, weight: int) -> None:
         self._counts[use].add_run(first, stop, weight)
 
+    def add_l2_tables(self, offsets: Sequence[int], weight: int) -> None:
+        places = np.asarray(offsets, np.uint64)
+        size = self.geometry.cluster_size
+        odd = places & np.uint64(size - 1) != 0
+        odd |= places > np.uint64(max(0, self.file_size - size))
+        super().add_l2_tables(places[odd].tolist(), weight)
+        self._count_structures((places[~odd] >> np.uint64(self.geometry.cluster_bits)).view(np.int64), weight)
+
     def count_each(self, clusters: Sequence[int], weight: int) -> None:
-        places = np.fromiter(clusters, np.int64, len(clusters))
-        self._counts[Use.STRUCTURE].add_each(places, 1)
+        self._count_structures(np.fromiter(clusters, np.int64, len(clusters)), weight)
+
+    def _count_structures(self, clusters: Clusters, weight: int) -> None:
+        self._counts[Use.STRUCTURE].add_each(clusters, 1)
         if weight > 1:
-            self._counts[Use.REPEATED].add_each(places, weight - 1)
+            self._counts[Use.REPEATED].add_each(clusters, weight - 1)
 
     def add_unshared(self, offsets: Sequence[int]) -> bool:
         clusters = np.fromiter(offsets, np.uint64, len(offsets)) >> np.uint64(self.geometry.cluster_bits)
@@ -348,7 +358,8 @@ class BulkCensus(Census):
         if self._is_one is None:
             self._is_one = np.zeros(self._near, np.bool_)
             per_block, at_once = self.geometry.refcounts_per_block, max(1, _COMPARED // self.geometry.cluster_size)
-            for start, stop in _rows([*self.stored.indices()], at_once):
+            near = [index for index in self.stored.indices() if index * per_block < self._near]
+            for start, stop in _rows(near, at_once):
                 part = self._is_one[start * per_block : stop * per_block]
                 counts, readable = self._stored(range(start, stop), part.size)
                 np.equal(counts, 1, out=part)
@@ -383,7 +394,7 @@ class BulkCensus(Census):
     def _blocks_in_use(self) -> list[int]:
         """Indices of refcount blocks that exist or that count clusters in use."""
         per_block = self.geometry.refcounts_per_block
-        found = set(self.stored.indices())
+        found = {index for index in self.stored.indices() if index * per_block < self.clusters}
         found.update(range(-(-min(self._near, self.clusters) // per_block)))
         for counts in self._counts.values():
             found |= counts.far_blocks(per_block)

@@ -17,14 +17,19 @@ _USES = {
 }
 
 
-def mismatch(view: View, run: Mismatch, code: str | None = None, owner: str = "") -> Finding:
-    """Clusters whose refcount is not what it should be: `code` names leaks that are more than that."""
+def mismatch(view: View, run: Mismatch, code: str | None = None, owner: str = "", bitmap: str | None = None) -> Finding:
+    """Clusters whose refcount is not what it should be.
+
+    Args:
+        code, owner, bitmap: of leaks whose owner is known.
+    """
     offset = view.geometry.offset_of(run.first)
     leaked = run.stored > run.references
     what = "a cluster" if run.count == 1 else f"{run.count} clusters"
     text = f"{what} at {offset:#x}: refcount {run.stored}, but {run.references} references{owner}"
+    plain = "refcount-too-low" if not leaked else "leak-unproven" if view.blind else "leak"
     return found(
-        code or ("leak" if leaked else "refcount-too-low"), text, Location("cluster", offset), count=run.count,
+        code or plain, text, Location("cluster", offset, bitmap=bitmap), count=run.count,
         first=run.first, refcount=run.stored, references=run.references,
     )  # fmt: skip
 

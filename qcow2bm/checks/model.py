@@ -75,6 +75,7 @@ class Problem:
         title: the problem in a few words, whatever the image.
         meaning: what it means for the user.
         advice: what to do about it.
+        hides: clusters that nothing refers to may be what this problem has cut off, and not leaks.
     """
 
     code: str
@@ -84,6 +85,7 @@ class Problem:
     title: str
     meaning: str
     advice: str
+    hides: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,7 @@ class Location:
         structure: its name as `dump` and the specification have it.
         host_offset: where in the file.
         index: of the entry in its table.
+        snapshot: as `id (name)`.
         guest_offset: the first guest byte concerned, `guest_length` of them.
     """
 
@@ -114,7 +117,7 @@ class Finding:
         message: what is wrong there.
         count: entries or clusters concerned, as qemu-img would count them.
         values: the numbers behind the message, by name.
-        owners: what refers to the clusters concerned, where that was looked up.
+        owners: what refers to the clusters concerned; None if nobody has looked.
         qemu: what `qemu-img check` makes of it here.
     """
 
@@ -124,7 +127,7 @@ class Finding:
     qemu: InQemu
     count: int = 1
     values: Mapping[str, int] = field(default_factory=dict)
-    owners: tuple[str, ...] = ()
+    owners: tuple[str, ...] | None = None
 
     @property
     def code(self) -> str:
@@ -145,7 +148,7 @@ class Allocation:
         total: clusters of the virtual disk.
         image_end_offset: end of the last cluster that is used or counted, 0 if that is not known.
         kinds: bytes per kind of cluster, each cluster counted once per use.
-        bitmaps: bytes per bitmap, table and data.
+        bitmaps: name and bytes of each bitmap, table and data, in directory order.
     """
 
     total: int = 0
@@ -154,7 +157,7 @@ class Allocation:
     compressed: int = 0
     image_end_offset: int = 0
     kinds: Mapping[Kind, int] = field(default_factory=dict)
-    bitmaps: Mapping[str, int] = field(default_factory=dict)
+    bitmaps: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +165,11 @@ class Report:
     """What a check of one image came to.
 
     Attributes:
-        findings: in the order of the check, at most as many as were to be kept.
+        findings: in the order of the check, at most as many of each problem as were to be kept.
         counts: per code, how many entries or clusters: complete, whatever was kept.
         severities: per severity, the same.
         complete: False if damage kept part of the image from being checked.
+        locked: False if a writer may have been at work meanwhile.
     """
 
     findings: tuple[Finding, ...]
@@ -193,10 +197,11 @@ class Report:
 
 
 class Tally:
-    """Counts all findings and keeps some."""
+    """Counts all findings and keeps some: at most `limit` of each problem, all if that is None."""
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
+        self._kept_of: Counter[str] = Counter()
         self.kept: list[Finding] = []
         self.counts: Counter[str] = Counter()
         self.severities: Counter[Severity] = Counter()
@@ -205,5 +210,6 @@ class Tally:
         """Count a finding, and keep it if there is room."""
         self.counts[finding.code] += finding.count
         self.severities[finding.severity] += finding.count
-        if self._limit is None or len(self.kept) < self._limit:
+        if self._limit is None or self._kept_of[finding.code] < self._limit:
+            self._kept_of[finding.code] += 1
             self.kept.append(finding)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from ..format.vectors import ClusterFilter
 
 _MOST_OWNERS = 8
-"""Owners that are named of one finding."""
+"""Owners that are named of a cluster."""
+_CLUSTERS_OF_ONE = 8
+"""Clusters of one finding whose owners are named."""
 _MOST_CLUSTERS = 1 << 12
 """Clusters whose owners are looked for, over all findings."""
 
@@ -32,7 +34,10 @@ class OwnerSearch:
         self._filter: ClusterFilter | None = None
 
     def find(self, findings: list[Finding]) -> dict[int, tuple[str, ...]]:
-        """Index in `findings` to the owners of its clusters, the first few of each."""
+        """Index in `findings` to the owners of its clusters, the first few of each.
+
+        Of what is beyond `_MOST_CLUSTERS` there is nothing.
+        """
         clusters = {index: self._clusters(finding) for index, finding in enumerate(findings)}
         for wanted in clusters.values():
             for cluster in wanted:
@@ -41,20 +46,20 @@ class OwnerSearch:
         if not self._owners:
             return {}
         view = self._view
-        for reference in chain(view.structures(), view.directory.references()):
+        for reference in chain(view.structures(), view.bitmap_references()):
             self._note(reference.offset, reference.length, reference.owner)
         for root in view.roots:
             self._note_mapping(root)
         return {
-            index: tuple(dict.fromkeys(owner for cluster in wanted for owner in self._owners.get(cluster, ())))
+            index: tuple(dict.fromkeys(owner for cluster in wanted for owner in self._owners[cluster]))
             for index, wanted in clusters.items()
-            if wanted
+            if all(cluster in self._owners for cluster in wanted)
         }
 
     def _clusters(self, finding: Finding) -> range:
         """The clusters that a finding is about; none if it is not about clusters."""
         first = finding.values.get("first")
-        return range(0) if first is None else range(first, first + min(finding.count, _MOST_OWNERS))
+        return range(0) if first is None else range(first, first + min(finding.count, _CLUSTERS_OF_ONE))
 
     def _note(self, offset: int, length: int, owner: str) -> None:
         if length <= 0 or self._view.census.reaches_outside(offset, length):

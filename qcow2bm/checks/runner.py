@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from ..errors import naming
+from ..format.entries import refcount_block_offset
 from ..format.faults import Weight
-from ..format.header import Header
+from ..format.header import UNKNOWN_INCOMPATIBLE, Header
 from ..image.file import ImageFile
-from ..image.references import Kind
+from ..image.references import Kind, single_structures
 from .model import Allocation, Finding, Report, Tally
 from .owners import OwnerSearch
 from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
@@ -86,13 +86,15 @@ def check(
     """
     tally = Tally(limit)
     with inspecting(path, force_share=force_share, use_locks=use_locks, progress=progress) as inspection:
-        for finding in chain(inspection.early, inspection.findings(OPENING + CHECKING + BEYOND)):
+        for finding in chain(inspection.early, inspection.findings(OPENING)):
             tally.add(finding)
         view = inspection.view
-        if view is not None:
-            _name_owners(view, tally, everything=owners)
-            return _report(tally, complete=view.complete, locked=inspection.locked, allocation=_allocation(view))
-        return _report(tally, complete=False, locked=inspection.locked, allocation=Allocation())
+        if view is None or UNKNOWN_INCOMPATIBLE in tally.counts:  # nobody here knows what the rest means
+            return _report(tally, complete=False, locked=inspection.locked, allocation=Allocation())
+        for finding in inspection.findings(CHECKING + BEYOND):
+            tally.add(finding)
+        _name_owners(view, tally, everything=owners)
+        return _report(tally, complete=view.complete, locked=inspection.locked, allocation=_allocation(view))
 
 
 @dataclass(slots=True)
@@ -116,8 +118,9 @@ class Inspection:
         if self.view is None:
             return
         for run in passes:
-            with naming(self.path):
-                yield from run(self.view)
+            for finding in run(self.view):
+                self.view.hidden = self.view.hidden or finding.problem.hides
+                yield finding
 
 
 @contextlib.contextmanager
@@ -138,9 +141,7 @@ def inspecting(
         Qcow2bmError: as `check`.
     """
     with opened(path, force_share=force_share, use_locks=use_locks) as (file, locked):
-        with naming(Path(path)):
-            inspection = _inspection(file, locked=locked, as_qemu=as_qemu, progress=progress)
-        yield inspection
+        yield _inspection(file, locked=locked, as_qemu=as_qemu, progress=progress)
 
 
 def _inspection(file: ImageFile, *, locked: bool, as_qemu: bool, progress: Progress) -> Inspection:
@@ -160,7 +161,7 @@ def _name_owners(view: View, tally: Tally, *, everything: bool) -> None:
         return
     owners = OwnerSearch(view).find([tally.kept[index] for index in chosen])
     for number, index in enumerate(chosen):
-        tally.kept[index] = replace(tally.kept[index], owners=owners.get(number, ()))
+        tally.kept[index] = replace(tally.kept[index], owners=owners.get(number))
 
 
 def _report(tally: Tally, *, complete: bool, locked: bool, allocation: Allocation) -> Report:
@@ -170,17 +171,15 @@ def _report(tally: Tally, *, complete: bool, locked: bool, allocation: Allocatio
 def _allocation(view: View) -> Allocation:
     """The statistics, with the bytes of each kind of cluster and of each bitmap."""
     size = view.geometry.cluster_size
-    bitmaps_used = {bitmap.name: bitmap.bytes_on_disk for bitmap in view.bitmaps}
-    taken = {
-        Kind.HEADER: 1,
+    bitmaps_used = tuple((bitmap.name, bitmap.bytes_on_disk) for bitmap in view.bitmaps)
+    taken = dict.fromkeys(Kind, 0) | {
+        Kind.REFCOUNTS: len({refcount_block_offset(entry) for entry in view.stored.table if entry}),
         Kind.L2_TABLES: view.l2_tables,
         Kind.GUEST_DATA: view.census.guest,
-        Kind.BITMAPS: sum(bitmaps_used.values()) // size,
+        Kind.BITMAPS: sum(taken for _, taken in bitmaps_used) // size,
     }
-    taken |= dict.fromkeys((kind for kind in Kind if kind not in taken), 0)
-    for reference in view.structures():
-        if reference.kind in (Kind.REFCOUNTS, Kind.L1_TABLES, Kind.SNAPSHOT_TABLE, Kind.ENCRYPTION_HEADER):
-            taken[reference.kind] += view.geometry.clusters(reference.length)
+    for reference in chain(single_structures(view.image, view.crypto_header), view.root_tables()):
+        taken[reference.kind] += view.geometry.clusters(reference.length)
     pointer = view.directory.pointer
     if pointer is not None:
         taken[Kind.BITMAPS] += view.geometry.clusters(pointer.bitmap_directory_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from ..format.entries import get_refcount, refcount_block_offset, table_entries
@@ -40,9 +40,9 @@ class StoredRefcounts:
             return cls(image, array("Q"))
         return cls(image, table_entries(image.file.read_padded(header.refcount_table_offset, length)))
 
-    def indices(self) -> Iterator[int]:
+    def indices(self) -> Sequence[int]:
         """The refcount blocks that the table names."""
-        return (index for index, entry in enumerate(self.table) if refcount_block_offset(entry))
+        return self._known
 
     def block(self, index: int) -> bytes | None:
         """The bytes of a refcount block: zeroes where there is none; None if it cannot be read."""
@@ -110,7 +110,7 @@ class StoredRefcounts:
 
     @cached_property
     def _known(self) -> list[int]:
-        return list(self.indices())
+        return [index for index, entry in enumerate(self.table) if refcount_block_offset(entry)]
 
     def _kept_block(self, index: int) -> bytes | None:
         if index in self._kept:

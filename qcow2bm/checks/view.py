@@ -19,7 +19,7 @@ from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import table_entries
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea
 from ..format.faults import Fault
-from ..format.geometry import div_up
+from ..format.geometry import div_up, round_up
 from ..format.header import MAGIC, Header
 from ..format.limits import MAX_CLUSTER_BITS, MAX_ENCRYPTION_HEADER, MAX_L1_ENTRIES
 from ..format.snapshot_table import SnapshotEntry
@@ -27,8 +27,9 @@ from ..format.text import decode_name
 from ..image import lock
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image, settle_interrupted
+from ..image.plan import SECTOR
 from ..image.references import Kind, Reference, l1_owner, structures
-from .census import Census, Mismatch, PlainCensus
+from .census import Census, Mismatch
 from .model import Allocation
 from .stored import StoredRefcounts
 
@@ -46,15 +47,16 @@ class Root:
 
     @property
     def name(self) -> str | None:
-        """The snapshot as QEMU's messages have it."""
+        """The snapshot, as `snapshot_name` has it."""
         entry = self.snapshot
-        return None if entry is None else f"{_as_c_string(entry.id)} ({_as_c_string(entry.name)})"
+        return None if entry is None else snapshot_name(entry)
 
 
 class View:
     """What passes read, and what they leave for each other.
 
     Attributes:
+        file_size: length of the file in bytes, in whole sectors as QEMU has it.
         image: file, header, extensions and geometry; nothing of it has been judged.
         faults: what is wrong with the header and the extensions' area as such.
         as_qemu: count what qemu-img counts, where it counts what is not there.
@@ -62,7 +64,6 @@ class View:
         snapshots: left by the snapshot table's pass: offset in the file and entry.
         snapshots_length: bytes of the snapshot table, as far as it could be read.
         roots: left by the mapping's pass: all L1 tables.
-        census: the references; complete when the refcounts are compared.
         l2_tables: left by the mapping: how many there are.
         miscopied: left by the mapping: L2 tables of the active disk with a copied flag that contradicts the refcount,
             each with how many L1 entries name it.
@@ -71,6 +72,7 @@ class View:
         allocation: statistics, left by several passes.
         leaks: runs of clusters without any reference, left for the pass that names them.
         complete: False once a pass had to leave something out.
+        hidden: True once a problem was found that cuts clusters off; set by whoever takes the findings.
     """
 
     def __init__(self, image: Qcow2Image, faults: tuple[Fault, ...], *, as_qemu: bool, progress: Progress) -> None:
@@ -85,13 +87,8 @@ class View:
         self.snapshots_length = 0
         self.roots: list[Root] = []
         self.stored = StoredRefcounts.read(image)
-        self.census: Census = PlainCensus(
-            self.geometry,
-            self.file.size,
-            self.stored,
-            version=self.header.version,
-            data_file=self.header.has_data_file,
-        )
+        self.file_size = round_up(self.file.size, SECTOR)
+        self._census: Census | None = None
         self.directory = BitmapDirectory(image)
         self.l2_tables = 0
         self.miscopied: dict[int, int] = {}
@@ -99,15 +96,47 @@ class View:
         self.allocation = Allocation()
         self.leaks: list[Mismatch] = []
         self.complete = True
+        self.hidden = False
+
+    @property
+    def blind(self) -> bool:
+        """True if clusters that nothing refers to may not be leaks: what refers to them may be damaged or unread.
+
+        qemu-img makes no such difference.
+        """
+        return not self.as_qemu and (self.hidden or not self.complete)
+
+    @property
+    def census(self) -> Census:
+        """The references; the mapping's pass begins it, and it is complete when the refcounts are compared."""
+        assert self._census is not None, "only the mapping's pass knows which kind of census an image needs"
+        return self._census
+
+    @census.setter
+    def census(self, census: Census) -> None:
+        self._census = census
 
     def structures(self) -> Iterator[Reference]:
         """Everything but L2 tables, guest data and bitmaps, as ranges with an owner."""
         yield from structures(self.image, self.stored.table, self.crypto_header)
+        yield from self.root_tables()
+
+    def root_tables(self) -> Iterator[Reference]:
+        """The snapshot table and all L1 tables."""
         offset, length = self.header.snapshots_offset, self.snapshots_length
         yield Reference(offset, length, Kind.SNAPSHOT_TABLE, "the snapshot table")
         for root in self.roots:
             if root.fault is None:
                 yield Reference(root.offset, 8 * root.entries, Kind.L1_TABLES, l1_owner(root.snapshot))
+
+    def bitmap_references(self) -> Iterator[Reference]:
+        """The directory, and tables and data of the bitmaps whose tables are looked at."""
+        pointer = self.directory.pointer
+        if pointer is not None:
+            place = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
+            yield Reference(*place, Kind.BITMAPS, "the bitmap directory")
+        for bitmap in self.bitmaps:
+            yield from bitmap.references()
 
     def read_l1(self, root: Root) -> array[int]:
         """An L1 table as native integers, without the zeroes past the end of the file; nothing if it cannot be one."""
@@ -183,6 +212,11 @@ def damaged_image(file: ImageFile, header: Header, data: bytes, *, locked: bool)
     limit = header.backing_file_offset if 0 < header.backing_file_offset <= size else size
     extensions = ExtensionArea.parse(head, header.header_length, limit)
     return Qcow2Image(file, head, header, extensions, locked=locked)
+
+
+def snapshot_name(entry: SnapshotEntry) -> str:
+    """A snapshot's id and name as QEMU's messages have them."""
+    return f"{_as_c_string(entry.id)} ({_as_c_string(entry.name)})"
 
 
 def _as_c_string(name: bytes) -> str:

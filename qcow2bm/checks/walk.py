@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..format.entries import l1_offset
-from .census import Batch
+from .census import Batch, PlainCensus
 from .view import Root, View
 
 _BATCH = 128 << 10
@@ -44,13 +45,15 @@ class TableWalk:
         groups = self._groups()
         tables = [(active, others, list(self._present(offsets))) for active, others, offsets in groups]
         entries = sum(len(offsets) for _, _, offsets in tables) * self._geometry.l2_entries
-        if entries > _PLAIN_ENTRIES or self._many_blocks():
+        version, data_file = view.header.version, view.header.has_data_file
+        if entries + sum(len(offsets) for _, _, offsets in groups) > _PLAIN_ENTRIES or self._many_blocks():
             from .bulk import BulkCensus
 
-            version, data_file = view.header.version, view.header.has_data_file
             view.census = BulkCensus(
-                self._geometry, view.file.size, view.stored, version=version, data_file=data_file, entries=entries
+                self._geometry, view.file_size, view.stored, version=version, data_file=data_file, entries=entries
             )
+        else:
+            view.census = PlainCensus(self._geometry, view.file_size, view.stored, version=version, data_file=data_file)
         view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
         for active, others, offsets in groups:
             view.census.add_l2_tables(offsets, active + others)
@@ -64,7 +67,7 @@ class TableWalk:
 
     def _many_blocks(self) -> bool:
         """True if so many refcounts are there that comparing them one by one would take long."""
-        return sum(1 for _ in self._view.stored.indices()) > _PLAIN_BLOCKS
+        return len(self._view.stored.indices()) > _PLAIN_BLOCKS
 
     def _count(self, batch: Batch) -> None:
         facts = self._view.census.add_tables(batch)
@@ -102,9 +105,9 @@ class TableWalk:
 
         views = ((self._view.read_l1(root), root.snapshot is None) for root in roots)
         found = weigh_tables(views)
-        if self._view.as_qemu:
-            return found
-        return [(active, others, [offset for offset in offsets if offset]) for active, others, offsets in found]
+        # Sorted, so that an offset of 0, which the guest takes for nothing, comes first.
+        skip = 0 if self._view.as_qemu else 1
+        return [(active, others, offsets if offsets[0] else offsets[skip:]) for active, others, offsets in found]
 
     def _present(self, offsets: Sequence[int]) -> Iterator[int]:
         """The tables that may hold entries: those in holes and past the end of the file are all zeroes."""
@@ -112,16 +115,14 @@ class TableWalk:
         if len(offsets) * size <= _READ_ANYWAY:
             yield from (offset for offset in offsets if offset < file.size)
             return
-        data = 0
-        for offset in offsets:
-            if offset + size <= data or offset >= file.size:
-                continue
-            if offset >= data:
-                data = file.next_data(offset)
-                if offset + size <= data:
-                    continue
-                data = offset
-            yield offset
+        place = 0
+        while place < len(offsets) and offsets[place] < file.size:
+            data = file.next_data(offsets[place])
+            if offsets[place] + size > data:
+                yield offsets[place]
+                place += 1
+            else:
+                place = bisect_right(offsets, data - size, place)
 
     def _batches(self, offsets: Sequence[int], active: int, others: int) -> Iterator[Batch]:
         size = self._geometry.cluster_size

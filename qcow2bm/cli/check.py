@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..checks.model import Allocation, Finding, Location, Problem, Report, Severity
+from ..checks.model import Allocation, Finding, InQemu, Location, Problem, Report, Severity
 from ..checks.problems import PROBLEMS
 from ..checks.runner import DEFAULT_LIMIT
 from ..checks.runner import check as check_image
@@ -91,16 +91,18 @@ def check(
 def _print(path: Path, report: Report) -> None:
     """The verdict, then the problems, worst first: what was found, what it means, what to do."""
     colour = _COLOURS.get(report.worst or Severity.HINT, "green")
-    print(f"{painted(printable(path), 'bold')}: {painted(_VERDICTS[report.worst], colour)}")
+    print(f"{painted(printable(path), 'bold')}: {painted(_verdict(report), colour)}")
     if not report.complete:
         print("  part of the image could not be checked: see below")
+    if report.worst is Severity.CORRUPTION:
+        print("  start no VM from it and let nothing repair it before there is a copy: problems can have one cause")
     for problem, findings in _by_problem(report):
         count = report.counts[problem.code]
         head = f"{problem.severity.value} {problem.code}" + (f" ({count})" if count > 1 else "")
         print(f"\n  {painted(head, _COLOURS.get(problem.severity))}: {problem.title}")
         for finding in findings[:_SHOWN]:
             print(f"    {printable(finding.message)}")
-            for owner in finding.owners:
+            for owner in finding.owners or ():
                 print(f"      used by {printable(owner)}")
         hidden = count - sum(finding.count for finding in findings[:_SHOWN])
         if hidden > 0:
@@ -108,7 +110,15 @@ def _print(path: Path, report: Report) -> None:
         print(f"    means: {problem.meaning}")
         print(f"    do:    {problem.advice}")
     print()
-    print_pairs(_summary(report.allocation), indent="  ")
+    if report.allocation.total:
+        print_pairs(_summary(report.allocation), indent="  ")
+
+
+def _verdict(report: Report) -> str:
+    refused = any(finding.qemu is InQemu.REFUSES for finding in report.findings)
+    if report.worst is Severity.BITMAP and refused:
+        return "QEMU refuses to open it because of its bitmaps; data and refcounts are fine"
+    return _VERDICTS[report.worst]
 
 
 def _by_problem(report: Report) -> Iterator[tuple[Problem, list[Finding]]]:
@@ -130,7 +140,7 @@ def _summary(allocation: Allocation) -> Iterator[tuple[str, str | Cell]]:
         if size:
             yield kind.value, human_size(size)
         if kind is Kind.BITMAPS:
-            yield from ((f"  {name}", human_size(taken)) for name, taken in allocation.bitmaps.items())
+            yield from ((f"  {printable(name)}", human_size(taken)) for name, taken in allocation.bitmaps)
 
 
 # For programs
@@ -161,7 +171,7 @@ def _finding(finding: Finding) -> JsonObject:
         "count": finding.count,
         "location": dict(_location(finding.location)),
         "values": {name.replace("_", "-"): value for name, value in finding.values.items()},
-        "owners": list(finding.owners),
+        "owners": list(finding.owners) if finding.owners is not None else None,
     }
 
 
@@ -180,5 +190,5 @@ def _allocation(allocation: Allocation) -> JsonObject:
         "compressed-clusters": allocation.compressed,
         "image-end-offset": allocation.image_end_offset,
         "bytes": {kind.value: size for kind, size in allocation.kinds.items()},
-        "bitmaps": dict(allocation.bitmaps),
+        "bitmaps": [{"name": name, "bytes": size} for name, size in allocation.bitmaps],
     }

@@ -55,10 +55,12 @@ def run(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Request:
     """Read the arguments by getopt_long's rules: options anywhere, abbreviated, joined."""
-    options, operands = read_options(argv, _SHORT, _LONG)
+    line = read_options(argv, _SHORT, _LONG)
     request = Request()
-    for name, value in options:
+    for name, value in line.options:
         _take(request, name.lstrip("-"), value)
+    line.require_understood()
+    operands = line.operands
     added, merged = (any(action == kind for action, _ in request.actions) for kind in ("add", "merge"))
     if not request.actions:
         raise RefusedError("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")

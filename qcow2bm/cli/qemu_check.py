@@ -6,6 +6,7 @@ and no secret is needed for an encrypted image: only metadata is read.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Totals:
     def flush(self) -> None:
         """Print what is pending."""
         if self.pending:
-            sys.stderr.write("\n".join(self.pending) + "\n")
+            with contextlib.suppress(OSError):  # nobody listens; the result counts all the same
+                sys.stderr.write("\n".join(self.pending) + "\n")
             self.pending.clear()
 
 
@@ -69,9 +71,9 @@ def run(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> Request:
     """Read the arguments by getopt_long's rules."""
-    options, operands = read_options(argv, _SHORT, _LONG)
+    line = read_options(argv, _SHORT, _LONG)
     request, cache = Request(), "writeback"
-    for name, value in options:
+    for name, value in line.options:
         match name.lstrip("-"):
             case "h" | "help" | "object" | "image-opts" | "r" | "repair":
                 raise ForeignError
@@ -85,6 +87,8 @@ def parse(argv: list[str]) -> Request:
                 request.quiet = True
             case _:
                 request.force_share = True
+    line.require_understood()
+    operands = line.operands
     if len(operands) != 1:
         raise RefusedError("Expecting one image file name", USAGE)
     if request.output not in ("human", "json"):
@@ -182,8 +186,9 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
                 totals.corruption_signaled = True
             totals.errors += finding.count
         case InQemu.FAILS:
-            said, totals.failure = FAILURES.get(finding.code, (lambda *_: (), INVALID))
-            totals.say(said(finding, inspection))
+            explain = FAILURES.get(finding.code)
+            said, totals.failure = explain(finding, inspection) if explain is not None else ((), INVALID)
+            totals.say(said)
             return
         case _:
             return
@@ -191,8 +196,6 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
 
 
 def _json(request: Request, totals: Totals, view: View) -> str:
-    import json
-
     allocation = view.allocation
     fields = {
         "image-end-offset": allocation.image_end_offset,
@@ -207,9 +210,28 @@ def _json(request: Request, totals: Totals, view: View) -> str:
         "fragmented-clusters": allocation.fragmented,
     }
     always = ("filename", "format", "check-errors")
-    return json.dumps(
-        {key: value for key, value in fields.items() if value or key in always}, indent=4, ensure_ascii=False
-    )
+    chosen = {key: value for key, value in fields.items() if value or key in always}
+    members = (f'    "{key}": {_quoted(value) if isinstance(value, str) else value}' for key, value in chosen.items())
+    return "{\n" + ",\n".join(members) + "\n}"
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def _quoted(text: str) -> str:
+    """A JSON string as QEMU writes it: ASCII only, and what is not UTF-8 as the replacement character."""
+    units = []
+    for character in text:
+        if character in _ESCAPES:
+            units.append(_ESCAPES[character])
+        elif " " <= character <= "~":
+            units.append(character)
+        else:
+            wide = character.encode("utf-16-be", "surrogatepass")
+            if 0xD800 <= ord(character) < 0xE000:
+                wide = b"\xff\xfd"
+            units += [f"\\u{wide[at]:02X}{wide[at + 1]:02X}" for at in range(0, len(wide), 2)]
+    return f'"{"".join(units)}"'
 
 
 def _human(totals: Totals, view: View) -> str:

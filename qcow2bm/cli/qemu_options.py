@@ -6,6 +6,8 @@ import contextlib
 import getopt
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from .real_qemu_img import complain, hand_over
@@ -35,22 +37,41 @@ def answered(subcommand: str, argv: list[str], carry_out: Callable[[], int]) -> 
         return FAILED
 
 
-def read_options(argv: list[str], short: str, long: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Options and operands by getopt_long's rules: options anywhere, abbreviated, joined.
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """Options as (name, value) and operands; of a line that is wrong somewhere, the options before that.
 
-    Raises:
-        RefusedError: in qemu-img's words.
+    They take effect in order: a request for help, or an option for the real qemu-img, counts before the error.
     """
+
+    options: list[tuple[str, str]]
+    operands: list[str]
+    error: tuple[str, str] | None = None
+
+    def require_understood(self) -> None:
+        """Raise RefusedError, in qemu-img's words, if the line is wrong somewhere."""
+        if self.error is not None:
+            raise RefusedError(*self.error)
+
+
+def read_options(argv: list[str], short: str, long: list[str]) -> CommandLine:
+    """Read a line by getopt_long's rules: options anywhere, abbreviated, joined."""
     try:
-        return getopt.gnu_getopt(argv, short, long)
+        return CommandLine(*getopt.gnu_getopt(argv, short, long))
     except getopt.GetoptError as error:
-        raise RefusedError(*_option_error(argv, error)) from None
+        problem = _option_error(argv, error)
+    for end in range(len(argv) - 1, -1, -1):
+        with contextlib.suppress(getopt.GetoptError):
+            return CommandLine(*getopt.gnu_getopt(argv[:end], short, long), problem)
+    return CommandLine([], [], problem)
 
 
 def _option_error(argv: list[str], error: getopt.GetoptError) -> tuple[str, str]:
     """The complaint with the argument as the user wrote it."""
     option = error.opt or ""
-    written = next((word for word in argv if word.split("=")[0] == f"--{option}"), None) if len(option) > 1 else None
+    written = None
+    if error.msg.startswith("option --"):
+        written = next((word for word in argv if word.split("=")[0] == f"--{option}"), None)
     if written is None:
         written = next((word for word in argv if re.match(rf"-[^-]*{re.escape(option)}", word)), f"-{option}")
     missing = "requires argument" in error.msg
@@ -100,4 +121,7 @@ def refusing(name: str, given_format: str | None, *, writable: bool) -> Iterator
     except NotQcow2Error:
         if given_format is None:
             raise ForeignError from None
+        path = Path(name)
+        if not (path.is_file() or path.is_block_device()):
+            raise RefusedError(f"{failed}'file' driver requires '{name}' to be a regular file") from None
         raise RefusedError(f"{failed}Image is not in qcow2 format") from None

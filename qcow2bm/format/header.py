@@ -290,7 +290,7 @@ class Header:
             yield Fault("refcount-table-offset", text)
         if self.size > 1 << 63 or max(self.l1_size, geometry.l1_entries) > MAX_L1_ENTRIES:
             yield Fault("l1-size", "the virtual size needs an L1 table above 32 MiB")
-        elif not geometry.may_start(self.l1_table_offset, 8 * self.l1_size):
+        elif not self._may_lie(self.l1_table_offset, 8 * self.l1_size):
             yield Fault("l1-offset", f"l1_table_offset {self.l1_table_offset:#x} is not cluster-aligned")
         elif self.l1_size < geometry.l1_entries:
             text = f"the L1 table has {self.l1_size} entries, the virtual size needs {geometry.l1_entries}"
@@ -298,6 +298,12 @@ class Header:
         if self.nb_snapshots > MAX_SNAPSHOTS:
             text = f"the image says it has {self.nb_snapshots} snapshots, above {MAX_SNAPSHOTS}"
             yield Fault("snapshot-count", text, Weight.MINOR)  # who reads them refuses; the disk does not need them
-        elif not geometry.may_start(self.snapshots_offset, SNAPSHOT_HEAD * self.nb_snapshots):
+        elif not self._may_lie(self.snapshots_offset, SNAPSHOT_HEAD * self.nb_snapshots):
             text = f"snapshots_offset {self.snapshots_offset:#x} is not cluster-aligned"
             yield Fault("snapshot-table-offset", text)
+
+    def _may_lie(self, offset: int, length: int) -> bool:
+        """True if QEMU takes a table there; one without entries is never read, so it may lie anywhere."""
+        if not length:
+            return self.geometry.is_aligned(offset) and offset < 1 << 63
+        return self.geometry.may_start(offset, length)

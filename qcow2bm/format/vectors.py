@@ -72,7 +72,7 @@ def refcounts(blocks: bytes | memoryview, order: int) -> Refcounts:
     return counts.reshape(-1)
 
 
-def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int, int, list[int]]]:
+def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int, int, array[int]]]:
     """How often L2 tables are named by L1 tables, of the active disk (True) and of others (False).
 
     Tables named equally often come together: (times by active ones, by others, offsets in order). Entries of 0 name
@@ -82,14 +82,17 @@ def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int
     for table, is_active in l1_tables:
         weights[is_active].add(np.frombuffer(table, np.uint64))
     offsets = np.union1d(weights[True].offsets(), weights[False].offsets())
-    times = np.stack([weights[True].of(offsets), weights[False].of(offsets)])
-    pairs, group = np.unique(times, axis=1, return_inverse=True)
-    order = np.argsort(group.reshape(-1), kind="stable")
-    ends = np.cumsum(np.bincount(group.reshape(-1), minlength=pairs.shape[1]))
-    parts = np.split(offsets[order], ends[:-1])
-    return [
-        (int(pairs[0, index]), int(pairs[1, index]), part.tolist()) for index, part in enumerate(parts) if part.size
-    ]
+    others = weights[False].of(offsets)
+    base = int(others.max(initial=0)) + 1
+    key = weights[True].of(offsets) * base + others
+    order = np.argsort(key, kind="stable")
+    keys, starts = np.unique(key[order], return_index=True)
+    parts = np.split(offsets[order], starts[1:])
+    return (
+        [(*divmod(number, base), array("Q", part.tobytes())) for number, part in zip(keys.tolist(), parts, strict=True)]
+        if keys.size
+        else []
+    )
 
 
 class _Weights:

@@ -46,14 +46,19 @@ def structures(
     image: Qcow2Image, refcount_table: Iterable[int], crypto: CryptoHeaderPointer | None
 ) -> Iterator[Reference]:
     """Header, refcount table and blocks, encryption header."""
+    yield from single_structures(image, crypto)
+    for index, entry in enumerate(refcount_table):
+        offset = refcount_block_offset(entry)
+        if offset:
+            yield Reference(offset, image.geometry.cluster_size, Kind.REFCOUNTS, f"refcount block {index}")
+
+
+def single_structures(image: Qcow2Image, crypto: CryptoHeaderPointer | None) -> Iterator[Reference]:
+    """Those of which there is one: header, refcount table, encryption header."""
     header, geometry = image.header, image.geometry
     yield Reference(0, geometry.cluster_size, Kind.HEADER, "the header")
     table_bytes = header.refcount_table_clusters * geometry.cluster_size
     yield Reference(header.refcount_table_offset, table_bytes, Kind.REFCOUNTS, "the refcount table")
-    for index, entry in enumerate(refcount_table):
-        offset = refcount_block_offset(entry)
-        if offset:
-            yield Reference(offset, geometry.cluster_size, Kind.REFCOUNTS, f"refcount block {index}")
     if crypto is not None:
         yield Reference(crypto.offset, crypto.length, Kind.ENCRYPTION_HEADER, "the encryption header")
 

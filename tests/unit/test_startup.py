@@ -67,8 +67,13 @@ def test_add_loads_nothing_heavy(image: str) -> None:
     assert not top_level_modules(RUN_MAIN, "add", image, "b") & HEAVY
 
 
-def test_the_drop_in_runs_before_typer_is_loaded(image: str) -> None:
-    loaded = top_level_modules(RUN_MAIN, "qemu-img", "bitmap", "--add", image, "b")
+def test_check_of_a_small_image_loads_nothing_heavy(image: str) -> None:
+    assert not top_level_modules(RUN_MAIN, "check", "--owners", image) & HEAVY
+
+
+@pytest.mark.parametrize("words", [["bitmap", "--add", "{}", "b"], ["check", "{}"]], ids=lambda words: words[0])
+def test_the_drop_in_runs_before_typer_is_loaded(words: list[str], image: str) -> None:
+    loaded = top_level_modules(RUN_MAIN, "qemu-img", *(word.replace("{}", image) for word in words))
     assert not loaded & (HEAVY | {"typer"})
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...bitmap.store import State, StoredBitmap
+from ...bitmap.store import StoredBitmap
 from ...format.bitmap_directory import BitmapFlag
 from ...format.entries import BitmapTableEntry
 from ...format.faults import Fault
+from ...image import lock
 from ..census import Use
 from ..model import Finding, InQemu, Location
 from ..problems import found, from_fault
@@ -30,7 +31,7 @@ def directory(view: View) -> Iterator[Finding]:
     names: set[bytes] = set()
     room = view.file.size // 8 + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
-        where = Location("bitmap directory", _directory_offset(view), index, bitmap=bitmap.name)
+        where = Location("bitmap directory", bitmap.place, index, bitmap=bitmap.name)
         yield from _entry(view, bitmap, where, index, duplicate=bitmap.entry.name in names)
         names.add(bitmap.entry.name)
         room -= bitmap.entry.bitmap_table_size
@@ -50,13 +51,9 @@ def clusters(view: View) -> Iterator[Finding]:
     if pointer is not None and view.directory.attached:
         view.census.add(Use.BITMAP, pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
     for index, bitmap in enumerate(view.bitmaps):
-        yield from _table(view, bitmap, index)
+        yield from _table(view, bitmap)
         if bitmap.entry.flags & BitmapFlag.IN_USE:
             yield from _table_faults(view, bitmap, index)
-
-
-def _directory_offset(view: View) -> int | None:
-    return view.directory.pointer.bitmap_directory_offset if view.directory.pointer else None
 
 
 def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, duplicate: bool) -> Iterator[Finding]:
@@ -65,6 +62,9 @@ def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, dup
     for fault in bitmap.entry.faults(view.geometry):
         nameless = fault.code == "bitmap-name" and not bitmap.entry.name  # which QEMU does not mind
         qemu = InQemu.SILENT if nameless else silent
+        offset = bitmap.entry.bitmap_table_offset
+        if attached and in_use and fault.code == "bitmap-table-offset" and offset and view.geometry.is_aligned(offset):
+            qemu = InQemu.FAILS  # too high for any file, which QEMU notices when it reads there: in its check
         yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=qemu, bitmap=index)
     if duplicate:
         ignored = InQemu.SILENT if in_use else silent  # QEMU skips one in use whose name it knows
@@ -74,7 +74,7 @@ def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, dup
     if not attached:
         text = f"bitmap '{bitmap.name}' is detached: the autoclear bit is off"
         yield found("bitmap-detached", text, where)
-    elif in_use and bitmap.state is State.ACTIVE:
+    elif in_use and lock.has_writer(view.file.fd):
         yield found("bitmap-active", f"bitmap '{bitmap.name}' is in use by a running VM", where)
     elif in_use:
         text = f"bitmap '{bitmap.name}' is marked in use, and nobody has the image open"
@@ -107,7 +107,7 @@ def _entries(view: View, bitmap: StoredBitmap) -> Iterator[tuple[Location, Bitma
             yield Location("bitmap table", offset + 8 * index, index, bitmap=bitmap.name), BitmapTableEntry(value)
 
 
-def _table(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+def _table(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     """The clusters of one bitmap; counted if the bitmaps count."""
     if not _may_be_read(view, bitmap):
         return
@@ -116,7 +116,7 @@ def _table(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
     offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
     if census.reaches_outside(offset, length):
         text = f"the table of bitmap '{bitmap.name}' ({length} bytes at {offset:#x}) lies outside the file"
-        where = Location("bitmap table", offset, index, bitmap=bitmap.name)
+        where = Location("bitmap table", offset, bitmap=bitmap.name)
         yield found("bitmap-table-outside", text, where, qemu=qemu, offset=offset, size=length)
     elif attached:
         census.add(Use.BITMAP, offset, length)

@@ -24,14 +24,14 @@ _PIECE = 1 << 20
 
 def bitmap_data(view: View) -> Iterator[Finding]:
     """Bits past the end of the disk, and data clusters that a table entry alone could stand for."""
-    for index, bitmap in enumerate(view.directory.bitmaps):
+    for bitmap in view.bitmaps:
         if bitmap.state in (State.READY, State.INCONSISTENT, State.DETACHED):
-            yield from _tail(view, bitmap, index)
+            yield from _tail(view, bitmap)
             if bitmap.state is State.READY:
-                yield from _needless(view, bitmap, index)
+                yield from _needless(view, bitmap)
 
 
-def _tail(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+def _tail(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     geometry, table = view.geometry, view.read_table(bitmap.entry)
     bits = geometry.bitmap_bits(bitmap.granularity)
     last, within = divmod(bits - 1, 8 * geometry.cluster_size) if bits else (0, -1)
@@ -43,11 +43,11 @@ def _tail(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
     data = int.from_bytes(view.file.read_padded(offset, geometry.cluster_size), "little")
     extra = (data >> within + 1).bit_count()
     if extra:
-        where = Location("bitmap data", offset, index, bitmap=bitmap.name)
+        where = Location("bitmap data", offset, bitmap=bitmap.name)
         yield found("bitmap-tail-bits", f"bitmap '{bitmap.name}' has {extra} bits set past the end of the disk", where)
 
 
-def _needless(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+def _needless(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     size = view.geometry.cluster_size
     constants = (bytes(size), b"\xff" * size)
     needless, first = 0, 0
@@ -57,32 +57,28 @@ def _needless(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]
             needless, first = needless + 1, first or offset
     if needless:
         text = f"bitmap '{bitmap.name}' has {needless} data clusters that are all zero or all one"
-        where = Location("bitmap data", first, index, bitmap=bitmap.name)
+        where = Location("bitmap data", first, bitmap=bitmap.name)
         yield found("bitmap-needless-clusters", text, where, count=needless)
 
 
 def nesting(view: View) -> Iterator[Finding]:
     """Of two bitmaps that both recorded throughout, the older holds every bit of the newer one.
 
-    Which is older nobody has written down. But sorted by size each must be inside the next.
+    Which is older nobody has written down. But at one granularity, sorted by size, each must be inside the next.
     """
-    recording = [bitmap for bitmap in view.directory.bitmaps if bitmap.recording and bitmap.state is State.READY]
-    sized = sorted(recording, key=lambda bitmap: bitmap.bits.count() * bitmap.granularity)
-    for smaller, larger in pairwise(sized):
-        missing = _outside(view, smaller, larger)
+    recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
+    coarsest = max((bitmap.granularity for bitmap in recording), default=0)
+    sized = [(bitmap, _coarsened(view, bitmap, coarsest)) for bitmap in recording]
+    sized.sort(key=lambda pair: pair[1].count())
+    for (smaller, inner), (larger, outer) in pairwise(sized):
+        missing = inner.union(outer).count() - outer.count()
         if missing:
             text = (
-                f"both record, but '{smaller.name}' has {missing} dirty granules that '{larger.name}' has not: one of "
-                "them was merged into, cleared or switched off for a while, or it misses writes"
+                f"both record, but '{smaller.name}' has {missing} dirty granules of {coarsest} bytes that "
+                f"'{larger.name}' has not: one of them was merged into, cleared or switched off for a while, "
+                "or it misses writes"
             )
-            yield found("bitmaps-not-nested", text, Location("bitmaps", bitmap=smaller.name))
-
-
-def _outside(view: View, inner: StoredBitmap, outer: StoredBitmap) -> int:
-    """Granules, of the coarser of the two granularities, that are dirty in `inner` but not in `outer`."""
-    common = max(inner.granularity, outer.granularity)
-    one, two = (_coarsened(view, bitmap, common) for bitmap in (inner, outer))
-    return one.union(two).count() - two.count()
+            yield found("bitmaps-not-nested", text, Location("bitmaps", bitmap=smaller.name), granules=missing)
 
 
 def _coarsened(view: View, bitmap: StoredBitmap, granularity: int) -> BitVector:
@@ -97,7 +93,7 @@ def overlay(view: View) -> Iterator[Finding]:
     """All that an overlay holds was written since it was made: a recording bitmap of that age must hold it too."""
     if view.image.backing_file is None:
         return
-    recording = [bitmap for bitmap in view.directory.bitmaps if bitmap.recording and bitmap.state is State.READY]
+    recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
     if not recording:
         return
     held = _held(view)

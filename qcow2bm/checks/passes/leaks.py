@@ -7,8 +7,10 @@ says what they are.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import NamedTuple
 
 from ...errors import CorruptImageError
 from ...format.bitmap_directory import FIXED_LENGTH, MAX_ENTRY_LENGTH, BitmapEntry, parse_entry
@@ -24,8 +26,17 @@ _LOOKED_AT = 1 << 14
 _OWNED = 1 << 20
 """Clusters of lost bitmaps that are told apart from other leaks."""
 
-_Owned = dict[int, tuple[str, str]]
-"""Cluster to the code of its leak and the owner it had."""
+
+class Owner(NamedTuple):
+    """Whose a cluster was: the code of its leak, a phrase, and the bitmap."""
+
+    code: str | None
+    phrase: str = ""
+    bitmap: str | None = None
+
+
+_NOBODY = Owner(None)
+_Owned = dict[int, Owner]
 
 
 def leaks(view: View) -> Iterator[Finding]:
@@ -37,23 +48,23 @@ def leaks(view: View) -> Iterator[Finding]:
         owned = _lost(view)
     known = sorted(owned)
     for run in view.leaks:
-        for part, code, owner in _parts(run, owned, known):
-            yield mismatch(view, part, code, owner)
+        for part, owner in _parts(run, owned, known):
+            yield mismatch(view, part, owner.code, owner.phrase, owner.bitmap)
 
 
-def _parts(run: Mismatch, owned: _Owned, known: list[int]) -> Iterator[tuple[Mismatch, str | None, str]]:
+def _parts(run: Mismatch, owned: _Owned, known: list[int]) -> Iterator[tuple[Mismatch, Owner]]:
     """A run of leaks in parts of one owner each."""
     start, stop = run.first, run.first + run.count
     while start < stop:
         place = bisect_left(known, start)
-        code, owner = owned.get(start, (None, ""))
+        owner = owned.get(start, _NOBODY)
         end = start + 1
-        if code is None:  # up to the next cluster that somebody owned
+        if owner is _NOBODY:  # up to the next cluster that somebody owned
             end = min(stop, known[place]) if place < len(known) else stop
         else:
-            while end < stop and owned.get(end) == (code, owner):
+            while end < stop and owned.get(end) == owner:
                 end += 1
-        yield Mismatch(start, end - start, run.stored, run.references), code, owner
+        yield Mismatch(start, end - start, run.stored, run.references), owner
         start = end
 
 
@@ -64,27 +75,43 @@ def _detached(view: View) -> _Owned:
     pointer = view.directory.pointer
     if pointer is not None:
         place = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
-        _own(view, owned, [place], code, " (the directory of the detached bitmaps)")
-    for bitmap in view.directory.bitmaps:
-        owner = f" (detached bitmap '{bitmap.name}')"
-        _own(view, owned, _places(view, bitmap.entry), code, owner)
+        _own(view, owned, [place], Owner(code, " (the directory of the detached bitmaps)"))
+    for bitmap in view.bitmaps:
+        owner = Owner(code, f" (detached bitmap '{bitmap.name}')", bitmap.name)
+        _own(view, owned, _places(view, bitmap.entry), owner)
     return owned
 
 
 def _lost(view: View) -> _Owned:
     """The clusters of bitmaps whose directory lies in a leaked cluster."""
     owned: _Owned = {}
-    leaked = {run.first + number for run in view.leaks for number in range(min(run.count, _LOOKED_AT))}
-    for cluster in sorted(leaked)[:_LOOKED_AT]:
+    leaked = _Leaked(view.leaks)
+    for cluster in islice(leaked, _LOOKED_AT):
         for entry in _lost_entries(view, cluster, leaked):
             name = decode_name(entry.name)
             place = view.geometry.offset_of(cluster), 1
-            _own(view, owned, [place], "leak-lost-bitmap", " (a lost bitmap directory)")
-            _own(view, owned, _places(view, entry), "leak-lost-bitmap", f" (lost bitmap '{name}')")
+            _own(view, owned, [place], Owner("leak-lost-bitmap", " (a lost bitmap directory)"))
+            owner = Owner("leak-lost-bitmap", f" (lost bitmap '{name}')", name)
+            _own(view, owned, _places(view, entry), owner)
     return owned
 
 
-def _lost_entries(view: View, cluster: int, leaked: set[int]) -> list[BitmapEntry]:
+class _Leaked:
+    """Leaked clusters, in order."""
+
+    def __init__(self, runs: list[Mismatch]) -> None:
+        self._runs = runs
+        self._firsts = [run.first for run in runs]
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(range(run.first, run.first + run.count) for run in self._runs)
+
+    def __contains__(self, cluster: int) -> bool:
+        place = bisect_right(self._firsts, cluster) - 1
+        return place >= 0 and cluster < self._runs[place].first + self._runs[place].count
+
+
+def _lost_entries(view: View, cluster: int, leaked: _Leaked) -> list[BitmapEntry]:
     """The bitmap directory entries in a leaked cluster: none unless it begins with one that is sound in all points."""
     found: list[BitmapEntry] = []
     start, size = view.geometry.offset_of(cluster), view.geometry.cluster_size
@@ -98,7 +125,7 @@ def _lost_entries(view: View, cluster: int, leaked: set[int]) -> list[BitmapEntr
             entry = parse_entry(data, at)
         except CorruptImageError:
             break
-        if not _is_sound(view, entry) or view.geometry.cluster_of(entry.bitmap_table_offset) not in leaked:
+        if not _is_sound(view, entry, leaked):
             break
         found.append(entry)
         at += entry.size
@@ -107,11 +134,24 @@ def _lost_entries(view: View, cluster: int, leaked: set[int]) -> list[BitmapEntr
     return found
 
 
-def _is_sound(view: View, entry: BitmapEntry) -> bool:
-    """True if nobody would write such bytes by chance: sizes, flags, padding and name all fit."""
+def _is_sound(view: View, entry: BitmapEntry, leaked: _Leaked) -> bool:
+    """True if nobody would write such bytes by chance.
+
+    Sizes, flags, padding and name all fit, and table and data lie in clusters that are leaked too.
+    """
     if any(entry.padding) or entry.extra_data or not entry.name or b"\0" in entry.name:
         return False
-    return next(entry.faults(view.geometry), None) is None
+    if next(entry.faults(view.geometry), None) is not None:
+        return False
+    if view.geometry.cluster_of(entry.bitmap_table_offset) not in leaked:
+        return False
+    for value in view.read_table(entry):
+        data = BitmapTableEntry(value)
+        if data.fault(view.geometry) is not None:
+            return False
+        if data.offset and view.geometry.cluster_of(data.offset) not in leaked:
+            return False
+    return True
 
 
 def _places(view: View, entry: BitmapEntry) -> Iterator[tuple[int, int]]:
@@ -127,9 +167,9 @@ def _places(view: View, entry: BitmapEntry) -> Iterator[tuple[int, int]]:
                 yield offset, view.geometry.cluster_size
 
 
-def _own(view: View, owned: _Owned, places: Iterable[tuple[int, int]], code: str, owner: str) -> None:
+def _own(view: View, owned: _Owned, places: Iterable[tuple[int, int]], owner: Owner) -> None:
     for offset, length in places:
         if view.census.reaches_outside(offset, length) or len(owned) > _OWNED:
             continue
         for cluster in range(view.geometry.cluster_of(offset), view.geometry.cluster_of(offset + length - 1) + 1):
-            owned.setdefault(cluster, (code, owner))
+            owned.setdefault(cluster, owner)

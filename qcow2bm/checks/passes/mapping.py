@@ -145,18 +145,23 @@ def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Itera
 
 
 def past_end(view: View) -> Iterator[Finding]:
-    """Clusters mapped where the disk has already ended."""
+    """Clusters mapped where the disk has already ended; of each table once."""
     geometry, root = view.geometry, view.roots[0]
-    for index, entry in enumerate(view.read_l1(root)):
-        first = max(0, geometry.clusters(geometry.virtual_size) - index * geometry.l2_entries)
-        offset = l1_offset(entry)
-        if first >= geometry.l2_entries or not offset or offset >= view.file.size:
+    disk = geometry.clusters(geometry.virtual_size)
+    l1_table = view.read_l1(root)
+    done: set[int] = set()
+    for index in range(disk // geometry.l2_entries, len(l1_table)):
+        first = max(0, disk - index * geometry.l2_entries)
+        offset = l1_offset(l1_table[index])
+        if not offset or offset >= view.file.size or offset in done:
             continue
+        done.add(offset)
         tail = view.file.read_padded(offset, geometry.cluster_size)[first * geometry.l2_entry_size :]
-        if not any(tail):
+        if tail.count(0) == len(tail):
             continue
         start = index * geometry.l2_span + first * geometry.cluster_size
-        where = Location("L2 table", offset, index, start, geometry.l2_span - first * geometry.cluster_size)
+        length = geometry.l2_span - first * geometry.cluster_size
+        where = Location("active L1 table", root.offset + 8 * index, index, start, length)
         used = sum(1 for value in table_entries(tail)[:: geometry.l2_entry_words] if value)
         yield found("mapping-past-end", f"{used} clusters are mapped past the end of the disk", where, count=used)
 

@@ -9,7 +9,7 @@ from ...format.snapshot_table import SnapshotEntry, parse_snapshots
 from ...format.text import decode_name
 from ..model import Finding, Location
 from ..problems import found, from_fault
-from ..view import View, unreadable
+from ..view import View, snapshot_name, unreadable
 
 _NEEDED = 16
 """Bytes of extra data that version 3 needs: VM state size and disk size."""
@@ -37,7 +37,7 @@ def snapshot_table(view: View) -> Iterator[Finding]:
 def _entries(view: View) -> Iterator[Finding]:
     ids: set[bytes] = set()
     for index, (offset, entry) in enumerate(view.snapshots):
-        where = Location("snapshot table", offset, index, snapshot=decode_name(entry.name))
+        where = Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
         if view.header.version >= 3 and len(entry.extra_data) < _NEEDED:
             text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
             yield found("snapshot-incomplete", text, where, index=index)
