@@ -46,7 +46,8 @@ class TableWalk:
         tables = [(active, others, list(self._present(offsets))) for active, others, offsets in groups]
         entries = sum(len(offsets) for _, _, offsets in tables) * self._geometry.l2_entries
         version, data_file = view.header.version, view.header.has_data_file
-        if entries + sum(len(offsets) for _, _, offsets in groups) > _PLAIN_ENTRIES or self._many_blocks():
+        view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
+        if max(entries, view.l2_tables) > _PLAIN_ENTRIES or self._many_blocks():
             from .bulk import BulkCensus
 
             view.census = BulkCensus(
@@ -54,7 +55,6 @@ class TableWalk:
             )
         else:
             view.census = PlainCensus(self._geometry, view.file_size, view.stored, version=version, data_file=data_file)
-        view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
         for active, others, offsets in groups:
             view.census.add_l2_tables(offsets, active + others)
         total = sum(len(offsets) for _, _, offsets in tables) * self._geometry.cluster_size

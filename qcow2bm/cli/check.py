@@ -109,8 +109,8 @@ def _print(path: Path, report: Report) -> None:
             print(f"    and {hidden} more")
         print(f"    means: {problem.meaning}")
         print(f"    do:    {problem.advice}")
-    print()
     if report.allocation.total:
+        print()
         print_pairs(_summary(report.allocation), indent="  ")
 
 

@@ -49,7 +49,7 @@ def damaged(tmp_path: Path) -> Path:
     return path
 
 
-DAMAGE = {"copied-l2": 1, "bitmap-inconsistent": 1, "leak": LEAKS, "unknown-autoclear": 1}
+DAMAGE = {"copied-l2": 1, "bitmap-inconsistent": 1, "leak-unproven": LEAKS, "unknown-autoclear": 1}
 """What `damaged` has, the worst first."""
 
 
@@ -181,7 +181,11 @@ def test_worst_first_with_meaning_and_advice(damaged: Path, run) -> None:
 
 
 def test_of_many_findings_three_are_shown_and_all_are_counted(damaged: Path, run) -> None:
-    section = run("check", damaged)[1].partition("  leak leak (5): leaked clusters\n")[2].splitlines()
+    section = (
+        run("check", damaged)[1]
+        .partition("  leak leak-unproven (5): unreferenced clusters while part of the image cannot be followed\n")[2]
+        .splitlines()
+    )
     shown = [line for line in section if "refcount 1, but 0 references" in line]
     assert section[:3] == shown
     assert section[3] == "    and 2 more"
@@ -212,7 +216,7 @@ def test_owners(tmp_path: Path, run) -> None:
     assert [line.strip() for line in out.splitlines() if "used by" in line] == [
         f"used by guest data at {place:#x}" for place in (0x40000, 0x50000, 0x60000)
     ]
-    assert [finding["owners"] for finding in checked(run, low)[0]["findings"]] == [[]]
+    assert [finding["owners"] for finding in checked(run, low)[0]["findings"]] == [None]
     assert [len(finding["owners"]) for finding in checked(run, "--owners", low)[0]["findings"]] == [3]
 
 
@@ -244,7 +248,10 @@ def test_no_findings_but_all_counts(damaged: Path, run) -> None:
     assert document["status"] == 2
     status, out, _ = run("check", "--max-findings", "0", damaged)
     assert status == 2
-    assert "  leak leak (5): leaked clusters\n    and 5 more\n    means: " in out
+    assert (
+        "  leak leak-unproven (5): unreferenced clusters while part of the image cannot be followed\n    and 5 more\n    means: "
+        in out
+    )
 
 
 def test_one_finding_of_each_problem(damaged: Path, run) -> None:
@@ -294,7 +301,7 @@ def test_names_are_escaped_and_survive_json(tmp_path: Path, run) -> None:
     [document] = json.loads(out)["images"]
     assert document["image"] == str(path)
     assert document["findings"][0]["location"]["bitmap"] == "\x1b[2J\udcff"
-    assert document["allocation"]["bitmaps"] == {"\x1b[2J\udcff": 2 * CLUSTER}
+    assert document["allocation"]["bitmaps"] == [{"name": "\x1b[2J\udcff", "bytes": 2 * CLUSTER}]
 
 
 def test_owners_are_escaped(tmp_path: Path, run) -> None:
