@@ -81,7 +81,7 @@ def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int
     weights = {True: _Weights(), False: _Weights()}
     for table, is_active in l1_tables:
         weights[is_active].add(np.frombuffer(table, np.uint64))
-    offsets = np.union1d(weights[True].offsets(), weights[False].offsets())
+    offsets, _ = _counted(np.concatenate([weights[True].offsets(), weights[False].offsets()]))
     others = weights[False].of(offsets)
     base = int(others.max(initial=0)) + 1
     key = weights[True].of(offsets) * base + others
@@ -93,6 +93,14 @@ def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int
         if keys.size
         else []
     )
+
+
+def _counted(values: Words) -> tuple[Words, Clusters]:
+    """The distinct values, sorted, and how often each is there; `values` is sorted in place."""
+    values.sort()
+    ends = np.flatnonzero(values[1:] != values[:-1]) + 1
+    starts = np.concatenate([np.zeros(min(1, values.size), np.int64), ends])
+    return values[starts], np.diff(starts, append=values.size)
 
 
 class _Weights:
@@ -123,11 +131,16 @@ class _Weights:
     def _settle(self) -> None:
         if not self._new:
             return
-        new, times = np.unique(np.concatenate(self._new), return_counts=True)
-        offsets, index = np.unique(np.concatenate([self._offsets, new]), return_inverse=True)
+        new, times = _counted(np.concatenate(self._new))
+        self._new, self._room = [], _COUNTED_AT_ONCE
+        if not self._offsets.size:
+            self._offsets, self._times = new, times
+            return
+        offsets, _ = _counted(np.concatenate([self._offsets, new]))
         total = np.zeros(offsets.size, np.int64)
-        np.add.at(total, index.reshape(-1), np.concatenate([self._times, times]))
-        self._offsets, self._times, self._new, self._room = offsets, total, [], _COUNTED_AT_ONCE
+        total[np.searchsorted(offsets, self._offsets)] += self._times
+        total[np.searchsorted(offsets, new)] += times
+        self._offsets, self._times = offsets, total
 
 
 class ClusterFilter:

@@ -249,8 +249,8 @@ def test_no_findings_but_all_counts(damaged: Path, run) -> None:
     status, out, _ = run("check", "--max-findings", "0", damaged)
     assert status == 2
     assert (
-        "  leak leak-unproven (5): unreferenced clusters while part of the image cannot be followed\n    and 5 more\n    means: "
-        in out
+        "  leak leak-unproven (5): unreferenced clusters while part of the image cannot be followed\n"
+        "    and 5 more\n    means: " in out
     )
 
 

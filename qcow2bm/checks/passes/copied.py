@@ -13,6 +13,7 @@ from ..view import View
 def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
     geometry, root = view.geometry, view.roots[0]
+    span = geometry.l2_span
     done: set[int] = set()
     l1_table = view.read_l1(root)
     if not view.miscopied and view.census.copied_rightly(l1_table):
@@ -23,8 +24,7 @@ def copied(view: View) -> Iterator[Finding]:
         if stored is None:
             continue
         if (stored == 1) != bool(entry & COPIED):
-            start = index * geometry.l2_span
-            where = Location("active L1 table", root.offset + 8 * index, index, start, geometry.l2_span)
+            where = Location("active L1 table", root.offset + 8 * index, index, index * span, span)
             flag = "set" if entry & COPIED else "clear"
             text = f"the copied flag of L1 entry {index} is {flag}, its L2 table's refcount is {stored}"
             yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored)

@@ -153,7 +153,7 @@ def past_end(view: View) -> Iterator[Finding]:
     for index in range(disk // geometry.l2_entries, len(l1_table)):
         first = max(0, disk - index * geometry.l2_entries)
         offset = l1_offset(l1_table[index])
-        if not offset or offset >= view.file.size or offset in done:
+        if not offset or offset >= view.file.size or offset in done or view.file.is_hole(offset, geometry.cluster_size):
             continue
         done.add(offset)
         tail = view.file.read_padded(offset, geometry.cluster_size)[first * geometry.l2_entry_size :]
