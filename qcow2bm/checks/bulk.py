@@ -168,7 +168,8 @@ class BulkCensus(Census):
         if self.data_file or entries.every & odd or entries.edges.size * _VERY_LONG_RUN > size:
             return None
         runs = [
-            (start, stop - start, int(entries.values[start])) for start, stop in pairwise([0, *entries.edges, size])
+            (start, stop - start, int(entries.values[start]))
+            for start, stop in pairwise([0, *entries.edges.tolist(), size])
         ]
         clusters = self.geometry.clusters(self.file_size)
         firsts = [self.geometry.cluster_of(value & OFFSET_MASK) for _, _, value in runs]

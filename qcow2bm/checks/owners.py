@@ -31,6 +31,7 @@ class OwnerSearch:
         self._geometry = view.geometry
         self._owners: dict[int, list[str]] = {}
         self._walked: set[int] = set()
+        self._kept_hits: dict[int, list[tuple[int, tuple[int, int]]]] = {}
         self._filter: ClusterFilter | None = None
 
     def find(self, findings: list[Finding]) -> dict[int, tuple[str, ...]]:
@@ -59,7 +60,10 @@ class OwnerSearch:
     def _clusters(self, finding: Finding) -> range:
         """The clusters that a finding is about; none if it is not about clusters."""
         first = finding.values.get("first")
-        return range(0) if first is None else range(first, first + min(finding.count, _CLUSTERS_OF_ONE))
+        if first is None:
+            return range(0)
+        count = 1 if finding.code.startswith("copied-") else finding.count  # of those it counts visits
+        return range(first, first + min(count, _CLUSTERS_OF_ONE))
 
     def _note(self, offset: int, length: int, owner: str) -> None:
         if length <= 0 or self._view.census.reaches_outside(offset, length):
@@ -83,24 +87,34 @@ class OwnerSearch:
                 continue
             start = index * self._geometry.l2_span
             self._note(offset, size, f"the L2 table of guest offset {start:#x}{suffix}")
-            if offset in self._walked or view.header.has_data_file or offset >= view.file.size:
-                continue  # what a table shared with a snapshot refers to is said once
-            self._walked.add(offset)
-            if view.file.is_hole(offset, size):
+            if view.header.has_data_file or offset >= view.file.size:
                 continue
-            for place, reach in self._hits(view.file.read_padded(offset, size)):
+            for place, reach in self._hits(offset):
                 guest = start + place * size
                 self._note(*reach, f"guest data at {guest:#x}{suffix}")
 
-    def _hits(self, table: bytes) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Entries of an L2 table that refer to a wanted cluster: index, and what they refer to."""
-        stride = self._geometry.l2_entry_words
+    def _hits(self, offset: int) -> list[tuple[int, tuple[int, int]]]:
+        """Entries of an L2 table that refer to a wanted cluster: index, and what they refer to. Read once."""
+        if offset in self._walked:
+            return self._kept_hits.get(offset, [])
+        self._walked.add(offset)
+        if self._view.file.is_hole(offset, self._geometry.cluster_size):
+            return []
+        table, stride = self._view.file.read_padded(offset, self._geometry.cluster_size), self._geometry.l2_entry_words
         values = table_entries(table)
+        hits = []
         for index in self._candidates(table):
             entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
             reach = entry.host_range(self._geometry)
-            if reach is not None:
-                yield index, reach
+            if reach is not None and self._is_wanted(*reach):
+                hits.append((index, reach))
+        if hits:
+            self._kept_hits[offset] = hits
+        return hits
+
+    def _is_wanted(self, offset: int, length: int) -> bool:
+        first, last = self._geometry.cluster_of(offset), self._geometry.cluster_of(offset + length - 1)
+        return any(cluster in self._owners for cluster in range(first, last + 1))
 
     def _candidates(self, table: bytes) -> Iterator[int]:
         """Indices of the entries to look at: in a large image those that numpy picks out."""

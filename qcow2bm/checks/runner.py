@@ -23,7 +23,7 @@ DEFAULT_LIMIT = 100
 """Findings of each problem that are kept."""
 
 _SHARED = frozenset({"clusters-shared", "metadata-overlap", "bitmap-clusters-shared"})
-_OF_CLUSTERS = _SHARED | {"refcount-too-low"}
+_OF_CLUSTERS = _SHARED | {"refcount-too-low", "leak", "leak-unproven", "copied-l1", "copied-l2"}
 
 
 Passes = tuple[Callable[[View], Iterator[Finding]], ...]
@@ -156,7 +156,11 @@ def _inspection(file: ImageFile, *, locked: bool, as_qemu: bool, progress: Progr
 def _name_owners(view: View, tally: Tally, *, everything: bool) -> None:
     """Say of the kept findings about clusters who refers to them."""
     wanted = _OF_CLUSTERS if everything else _SHARED
-    chosen = [index for index, finding in enumerate(tally.kept) if finding.code in wanted]
+    chosen = [
+        index
+        for index, finding in enumerate(tally.kept)
+        if finding.code in wanted and finding.values.get("references") != 0
+    ]
     if not chosen or not view.roots:
         return
     owners = OwnerSearch(view).find([tally.kept[index] for index in chosen])

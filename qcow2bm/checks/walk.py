@@ -47,7 +47,8 @@ class TableWalk:
         entries = sum(len(offsets) for _, _, offsets in tables) * self._geometry.l2_entries
         version, data_file = view.header.version, view.header.has_data_file
         view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
-        if max(entries, view.l2_tables) > _PLAIN_ENTRIES or self._many_blocks():
+        bitmap_entries = sum(bitmap.entry.bitmap_table_size for bitmap in view.bitmaps)
+        if max(entries, view.l2_tables, bitmap_entries) > _PLAIN_ENTRIES or self._many_blocks():
             from .bulk import BulkCensus
 
             view.census = BulkCensus(
@@ -112,6 +113,10 @@ class TableWalk:
     def _present(self, offsets: Sequence[int]) -> Iterator[int]:
         """The tables that may hold entries: those in holes and past the end of the file are all zeroes."""
         file, size = self._view.file, self._geometry.cluster_size
+        odd = sum(1 for offset in offsets if not self._geometry.is_aligned(offset))
+        if odd * size > _READ_ANYWAY:  # any number of these may lie in the same few bytes
+            self._view.complete = False
+            offsets = [offset for offset in offsets if self._geometry.is_aligned(offset)]
         if len(offsets) * size <= _READ_ANYWAY:
             yield from (offset for offset in offsets if offset < file.size)
             return

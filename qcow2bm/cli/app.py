@@ -157,8 +157,8 @@ def _program(
     A change is planned first, proved against the image, and committed all at once; a crash leaves the old state or
     the new one. `--dry-run` prints the plan.
 
-    Exit status: 0 done; 1 failed; 2 the image is corrupt; 4 a bitmap is inconsistent or broken; 63 not a qcow2 image;
-    64 usage; 75 the image is in use, try later.
+    Exit status: 0 done; 1 failed; 2 the image is corrupt; 3 leaked clusters only; 4 a bitmap is inconsistent or
+    broken; 63 not a qcow2 image; 64 usage; 75 the image is in use, try later.
     """
     del debug  # taken out before Typer sees the line, see __main__
     if version:
@@ -169,5 +169,5 @@ def _program(
 
 
 def _qemu_img() -> None:
-    """The drop-in: `bitmap` with qemu-img's own switches, output and exit status; the rest is the real qemu-img."""
+    """The drop-in: `bitmap` and `check` with qemu-img's own switches, output and status; the rest is the real one."""
     raise AssertionError("dispatched in __main__, before Typer is loaded")

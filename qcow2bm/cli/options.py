@@ -66,5 +66,5 @@ NoLockOption = Annotated[
 ]
 ProgressOption = Annotated[
     bool | None,
-    typer.Option("--progress/--no-progress", help="A progress bar for long writes.", show_default="on a terminal"),
+    typer.Option("--progress/--no-progress", help="A progress bar for long work.", show_default="on a terminal"),
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import repeat
 
 from ..checks.model import Finding
 from ..checks.runner import Inspection
@@ -18,6 +19,7 @@ from ..format.entries import COPIED
 from ..format.extensions import BitmapsExtension, ExtensionType, parse_feature_names
 from ..format.header import KNOWN_INCOMPATIBLE, V3_LENGTH
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_FILE_SIZE, MAX_L1_ENTRIES, MAX_SNAPSHOTS
+from ..format.text import decode_name
 
 Line = Callable[[Finding], str]
 Refusal = Callable[[Finding, Inspection], str]
@@ -131,8 +133,9 @@ def _directory_outside(_: Finding, seen: Inspection) -> str:
     data = _view(seen).file.read_padded(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
     with contextlib.suppress(CorruptImageError):
         for _place, entry in parse_directory(data, pointer.nb_bitmaps):
-            if not entry.bitmap_table_offset:
-                break
+            size, limit = entry.bitmap_table_size, seen.header.geometry.max_bitmap_table_entries
+            if not entry.bitmap_table_offset or not 0 < size <= limit:
+                return f"Bitmap '{_c_string(decode_name(entry.name))}' doesn't satisfy the constraints"
             found += 1
     if found == pointer.nb_bitmaps:
         return "More bitmaps found than specified in header extension"
@@ -386,7 +389,7 @@ FAILED = "Invalid argument"
 def lines(finding: Finding) -> Iterator[str]:
     """What the check prints about a finding."""
     if finding.code in LINES:
-        yield from (LINES[finding.code](finding),) * finding.count
+        yield from repeat(LINES[finding.code](finding), finding.count)
     elif finding.code in _RUNS:
         values, word = finding.values, _RUNS[finding.code]
         counts = f"refcount={values['refcount']} reference={values['references']}"

@@ -80,6 +80,11 @@ class ImageFile:
         real = self.path.resolve()
         return real.with_name(real.name + _JOURNAL_SUFFIX)
 
+    @property
+    def present(self) -> int:
+        """Bytes that the file takes on the disk, of a device all: what it can hold, whatever its size claims."""
+        return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512
+
     def close(self) -> None:
         """Close the file, which also drops its locks."""
         if self.fd >= 0:
@@ -158,7 +163,7 @@ class ImageFile:
         except OSError as error:
             raise FlushError(
                 f"flushing failed ({os.strerror(error.errno or errno.EIO)}): what reached the disk is unknown",
-                hint="check the disk, then run `qcow2bm qemu-img check` on the image",
+                hint="check the disk, then run `qcow2bm check` on the image",
             ) from error
 
     def truncate(self, size: int) -> None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import (
+    RUN_CHECK,
     InterruptedChangeError,
     LockingUnavailableError,
     TruncatedImageError,
@@ -132,9 +133,7 @@ class Qcow2Image:
                 be trusted.
         """
         if self.header.incompatible_features & Incompatible.CORRUPT:
-            raise UnsupportedImageError(
-                "it is marked corrupt and must not be written to", hint="`qcow2bm qemu-img check -r all` repairs it"
-            )
+            raise UnsupportedImageError("it is marked corrupt and must not be written to", hint=RUN_CHECK)
         if self.header.incompatible_features & Incompatible.DIRTY:
             raise UnsupportedImageError(
                 "it is marked dirty: its refcounts were left behind by a crash",

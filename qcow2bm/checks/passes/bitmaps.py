@@ -29,7 +29,7 @@ def directory(view: View) -> Iterator[Finding]:
         fault = Fault(found_in.damage_code, found_in.damage)
         yield from_fault(fault, place, qemu=InQemu.SILENT if silent else None)
     names: set[bytes] = set()
-    room = view.file.size // 8 + view.geometry.max_bitmap_table_entries
+    room = view.file.present + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
         where = Location("bitmap directory", bitmap.place, index, bitmap=bitmap.name)
         yield from _entry(view, bitmap, where, index, duplicate=bitmap.entry.name in names)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from bitarray import bitarray  # noqa: TC002 - loaded already, by `bitmap`
-from bitarray.util import zeros
 
 from ...bitmap.bits import BitVector
 from ...bitmap.granularity import coarsen
@@ -19,16 +18,15 @@ from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
-_PIECE = 1 << 20
-
 
 def bitmap_data(view: View) -> Iterator[Finding]:
     """Bits past the end of the disk, and data clusters that a table entry alone could stand for."""
+    seen: set[int] = set()  # a cluster that several tables name is read once
     for bitmap in view.bitmaps:
         if bitmap.state in (State.READY, State.INCONSISTENT, State.DETACHED):
             yield from _tail(view, bitmap)
             if bitmap.state is State.READY:
-                yield from _needless(view, bitmap)
+                yield from _needless(view, bitmap, seen)
 
 
 def _tail(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
@@ -47,13 +45,16 @@ def _tail(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
         yield found("bitmap-tail-bits", f"bitmap '{bitmap.name}' has {extra} bits set past the end of the disk", where)
 
 
-def _needless(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
+def _needless(view: View, bitmap: StoredBitmap, seen: set[int]) -> Iterator[Finding]:
     size = view.geometry.cluster_size
     constants = (bytes(size), b"\xff" * size)
     needless, first = 0, 0
     for value in view.read_table(bitmap.entry):
         offset = BitmapTableEntry(value).offset
-        if offset and view.file.read_padded(offset, size) in constants:
+        if not offset or offset in seen:
+            continue
+        seen.add(offset)
+        if view.file.read_padded(offset, size) in constants:
             needless, first = needless + 1, first or offset
     if needless:
         text = f"bitmap '{bitmap.name}' has {needless} data clusters that are all zero or all one"
@@ -90,44 +91,53 @@ def _coarsened(view: View, bitmap: StoredBitmap, granularity: int) -> BitVector:
 
 
 def overlay(view: View) -> Iterator[Finding]:
-    """All that an overlay holds was written since it was made: a recording bitmap of that age must hold it too."""
+    """All that an overlay holds was written since it was made: a recording bitmap of that age must hold it too.
+
+    Of several, the one that holds most is the only candidate for that age.
+    """
     if view.image.backing_file is None:
         return
     recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
     if not recording:
         return
-    held = _held(view)
-    for bitmap in recording:
-        granularity = max(bitmap.granularity, view.geometry.cluster_size)
-        missing = _not_dirty(held, _coarsened(view, bitmap, granularity), granularity // view.geometry.cluster_size)
-        if missing:
-            text = (
-                f"the overlay holds {missing} granules of {granularity} bytes that are clean in '{bitmap.name}': "
-                "it began after the overlay did, or was cleared since, or it misses writes"
-            )
-            yield found("bitmap-misses-overlay", text, Location("bitmaps", bitmap=bitmap.name), granules=missing)
+    coarsest = max(view.geometry.cluster_size, *(bitmap.granularity for bitmap in recording))
+    bitmap, dirty = max(
+        ((bitmap, _coarsened(view, bitmap, coarsest)) for bitmap in recording), key=lambda pair: pair[1].count()
+    )
+    missing = _not_dirty(view, dirty, coarsest)
+    if missing:
+        text = (
+            f"the overlay holds {missing} granules of {coarsest} bytes that are clean in '{bitmap.name}': it began "
+            "after the overlay did, or was cleared since, or data was copied up from the backing file, or it misses "
+            "writes"
+        )
+        yield found("bitmap-misses-overlay", text, Location("bitmaps", bitmap=bitmap.name), granules=missing)
 
 
-def _held(view: View) -> bitarray:
-    """One bit for each guest cluster about which the active disk says anything."""
+def _not_dirty(view: View, dirty: BitVector, granularity: int) -> int:
+    """Granules in which the active disk says something about a cluster, and that are not dirty."""
+    geometry, ratio = view.geometry, granularity // view.geometry.cluster_size
+    missing, last = 0, -1
+    for index, held in _held(view):
+        first = index * geometry.l2_entries
+        coarse = coarsen(held, ratio) if ratio > 1 else held
+        start = first // ratio
+        clean = coarse & ~dirty.slice(start, start + len(coarse))
+        missing += clean.count()
+        if clean[0] and start == last:
+            missing -= 1  # one granule over several tables
+        last = start + len(clean) - 1 if clean[-1] else -1
+    return missing
+
+
+def _held(view: View) -> Iterator[tuple[int, bitarray]]:
+    """Of each L2 table of the active disk one bit for each of its clusters about which it says anything."""
     geometry, size = view.geometry, view.geometry.cluster_size
     clusters = geometry.clusters(geometry.virtual_size)
-    held = zeros(clusters, "little")
     width = (geometry.l2_entry_size * 8).bit_length() - 1  # log2 of an entry's bits: each is taken for one number
     for index, entry in enumerate(view.read_l1(view.roots[0])):
-        offset, first = l1_offset(entry), index * geometry.l2_entries
-        if first >= clusters:
-            break
+        offset, left = l1_offset(entry), clusters - index * geometry.l2_entries
+        if left <= 0:
+            return
         if offset and offset < view.file.size and not view.file.is_hole(offset, size):
-            used = used_clusters(view.file.read_padded(offset, size), width)
-            held[first : first + len(used)] = used[: clusters - first]
-    return held
-
-
-def _not_dirty(held: bitarray, dirty: BitVector, ratio: int) -> int:
-    """Granules that are held but not dirty; `ratio` clusters make one."""
-    coarse = coarsen(held, ratio) if ratio > 1 else held
-    return sum(
-        (coarse[start : start + _PIECE] & ~dirty.slice(start, start + _PIECE)).count()
-        for start in range(0, len(coarse), _PIECE)
-    )
+            yield index, used_clusters(view.file.read_padded(offset, size), width)[:left]

@@ -9,6 +9,9 @@ from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
+_REPEATED = 1 << 10
+"""Visits of one table up to which findings are repeated in qemu-img's order, and not counted together."""
+
 
 def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
@@ -27,10 +30,14 @@ def copied(view: View) -> Iterator[Finding]:
             where = Location("active L1 table", root.offset + 8 * index, index, index * span, span)
             flag = "set" if entry & COPIED else "clear"
             text = f"the copied flag of L1 entry {index} is {flag}, its L2 table's refcount is {stored}"
-            yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored)
+            cluster = geometry.cluster_of(offset)
+            yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored, first=cluster)
         if offset in view.miscopied and offset not in done:
-            done.add(offset)
-            yield from _table(view, offset, index, view.miscopied[offset])
+            visits = view.miscopied[offset]
+            each = view.as_qemu and visits <= _REPEATED  # qemu-img says it at every visit
+            if not each:
+                done.add(offset)
+            yield from _table(view, offset, index, 1 if each else visits)
 
 
 def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Finding]:
@@ -48,4 +55,5 @@ def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Find
         where = Location("L2 table", place, index, guest, geometry.cluster_size)
         flag = "set" if entry.copied else "clear"
         text = f"the copied flag of L2 entry {value:#x} is {flag}, its cluster's refcount is {stored}"
-        yield found("copied-l2", text, where, count=visits, entry=value, refcount=stored)
+        cluster = geometry.cluster_of(entry.host_offset)
+        yield found("copied-l2", text, where, count=visits, entry=value, refcount=stored, first=cluster)

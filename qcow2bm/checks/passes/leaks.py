@@ -15,14 +15,16 @@ from typing import NamedTuple
 from ...errors import CorruptImageError
 from ...format.bitmap_directory import FIXED_LENGTH, MAX_ENTRY_LENGTH, BitmapEntry, parse_entry
 from ...format.entries import BitmapTableEntry
+from ...format.limits import MAX_BITMAP_DIRECTORY_BYTES
 from ...format.text import decode_name
 from ..census import Mismatch
 from ..clusters import mismatch
 from ..model import Finding
 from ..view import View
 
-_LOOKED_AT = 1 << 14
+_LOOKED_AT = 1 << 16
 """Leaked clusters that are read to see whether they are a bitmap directory."""
+_DIRECTORY_PIECE = 64 << 10
 _OWNED = 1 << 20
 """Clusters of lost bitmaps that are told apart from other leaks."""
 
@@ -86,11 +88,16 @@ def _lost(view: View) -> _Owned:
     """The clusters of bitmaps whose directory lies in a leaked cluster."""
     owned: _Owned = {}
     leaked = _Leaked(view.leaks)
+    alive = {bitmap.entry.name for bitmap in view.bitmaps}
     for cluster in islice(leaked, _LOOKED_AT):
-        for entry in _lost_entries(view, cluster, leaked):
+        if cluster in owned:
+            continue
+        start = view.geometry.offset_of(cluster)
+        for at, entry in _lost_entries(view, cluster, leaked):
             name = decode_name(entry.name)
-            place = view.geometry.offset_of(cluster), 1
-            _own(view, owned, [place], Owner("leak-lost-bitmap", " (a lost bitmap directory)"))
+            if entry.name in alive:
+                continue  # what a change that was cut short has left of an earlier state
+            _own(view, owned, [(start + at, entry.size)], Owner("leak-lost-bitmap", " (a lost bitmap directory)"))
             owner = Owner("leak-lost-bitmap", f" (lost bitmap '{name}')", name)
             _own(view, owned, _places(view, entry), owner)
     return owned
@@ -111,26 +118,27 @@ class _Leaked:
         return place >= 0 and cluster < self._runs[place].first + self._runs[place].count
 
 
-def _lost_entries(view: View, cluster: int, leaked: _Leaked) -> list[BitmapEntry]:
-    """The bitmap directory entries in a leaked cluster: none unless it begins with one that is sound in all points."""
-    found: list[BitmapEntry] = []
-    start, size = view.geometry.offset_of(cluster), view.geometry.cluster_size
-    window = min(size, 64 << 10)
-    data = view.file.read_padded(start, min(window, MAX_ENTRY_LENGTH))
-    if not data[:FIXED_LENGTH].strip(b"\0"):
+def _lost_entries(view: View, cluster: int, leaked: _Leaked) -> list[tuple[int, BitmapEntry]]:
+    """The entries of a bitmap directory that begins with a leaked cluster, each with its place in it.
+
+    None unless all of the first one fits; as far as the clusters are leaked.
+    """
+    found: list[tuple[int, BitmapEntry]] = []
+    start = view.geometry.offset_of(cluster)
+    if not view.file.read_padded(start, FIXED_LENGTH).strip(b"\0"):
         return found
-    at = 0
-    while at + FIXED_LENGTH < window:
+    data, at = b"", 0
+    while at < MAX_BITMAP_DIRECTORY_BYTES and view.geometry.cluster_of(start + at) in leaked:
+        if len(data) - at < MAX_ENTRY_LENGTH:
+            data += view.file.read_padded(start + len(data), _DIRECTORY_PIECE if found else MAX_ENTRY_LENGTH)
         try:
             entry = parse_entry(data, at)
         except CorruptImageError:
             break
         if not _is_sound(view, entry, leaked):
             break
-        found.append(entry)
+        found.append((at, entry))
         at += entry.size
-        if len(data) < window:
-            data = view.file.read_padded(start, window)
     return found
 
 

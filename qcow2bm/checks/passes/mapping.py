@@ -19,6 +19,9 @@ from ..problems import found
 from ..view import Root, View
 from ..walk import TableWalk
 
+_REPEATED = 1 << 10
+"""Visits of one table up to which findings are repeated in qemu-img's order, and not counted together."""
+
 
 def mapping(view: View) -> Iterator[Finding]:
     """Header, active L1 table, snapshots, and all their L2 tables. Leaves `roots`, `census` and `miscopied`."""
@@ -52,8 +55,8 @@ def _roots(view: View) -> Iterator[Root]:
 
 
 def _bounded(view: View) -> Iterator[Finding]:
-    """Leave out the tables after those that together are larger than the file could hold."""
-    room = view.file.size // 8 + MAX_L1_ENTRIES
+    """Leave out the tables after those that together are far larger than all that the file holds."""
+    room = view.file.present + MAX_L1_ENTRIES
     for index, root in enumerate(view.roots):
         if root.fault is None:
             room -= root.entries
@@ -96,8 +99,11 @@ def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: se
         )  # fmt: skip
         yield from _l1_entry(view, entry, place)
         if offset in suspects and offset not in done:
-            done.add(offset)
-            yield from _l2_table(view, offset, place, sum(suspects[offset]))
+            visits = sum(suspects[offset])
+            each = view.as_qemu and visits <= _REPEATED  # qemu-img says it at every visit
+            if not each:
+                done.add(offset)
+            yield from _l2_table(view, offset, place, 1 if each else visits)
 
 
 def _l1_entry(view: View, entry: int, where: Location) -> Iterator[Finding]:
@@ -145,24 +151,24 @@ def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Itera
 
 
 def past_end(view: View) -> Iterator[Finding]:
-    """Clusters mapped where the disk has already ended; of each table once."""
+    """Clusters mapped between the end of the disk and the end of what its last L2 table maps.
+
+    The L1 entries after that one are where a VM's state lies while a snapshot with it is taken or loaded.
+    """
     geometry, root = view.geometry, view.roots[0]
-    disk = geometry.clusters(geometry.virtual_size)
+    index, first = divmod(geometry.clusters(geometry.virtual_size), geometry.l2_entries)
     l1_table = view.read_l1(root)
-    done: set[int] = set()
-    for index in range(disk // geometry.l2_entries, len(l1_table)):
-        first = max(0, disk - index * geometry.l2_entries)
-        offset = l1_offset(l1_table[index])
-        if not offset or offset >= view.file.size or offset in done or view.file.is_hole(offset, geometry.cluster_size):
-            continue
-        done.add(offset)
-        tail = view.file.read_padded(offset, geometry.cluster_size)[first * geometry.l2_entry_size :]
-        if tail.count(0) == len(tail):
-            continue
+    offset = l1_offset(l1_table[index]) if first and index < len(l1_table) else 0
+    if not offset or offset >= view.file.size or view.file.is_hole(offset, geometry.cluster_size):
+        return
+    values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
+    entries = map(L2Entry, values[first:])
+    data_file = view.header.has_data_file
+    used = sum(1 for entry in entries if entry.is_compressed or entry.is_standard(geometry, data_file=data_file))
+    if used:
         start = index * geometry.l2_span + first * geometry.cluster_size
         length = geometry.l2_span - first * geometry.cluster_size
         where = Location("active L1 table", root.offset + 8 * index, index, start, length)
-        used = sum(1 for value in table_entries(tail)[:: geometry.l2_entry_words] if value)
         yield found("mapping-past-end", f"{used} clusters are mapped past the end of the disk", where, count=used)
 
 
@@ -171,10 +177,14 @@ def raw_data_file(view: View) -> Iterator[Finding]:
     if not (view.header.has_data_file and view.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA):
         return
     geometry, stride = view.geometry, view.geometry.l2_entry_words
+    done: set[int] = set()  # a table named twice is wrong the second time, and said to be shared
     for l1_index, l1_entry in enumerate(view.read_l1(view.roots[0])):
         offset = l1_offset(l1_entry)
-        if not offset or offset >= view.file.size or view.file.is_hole(offset, geometry.cluster_size):
+        if not offset or offset in done or offset >= view.file.size:
             continue
+        if view.file.is_hole(offset, geometry.cluster_size):
+            continue
+        done.add(offset)
         start = l1_index * geometry.l2_span
         values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[::stride]
         for index, value in enumerate(values):
