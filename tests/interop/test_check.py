@@ -279,6 +279,9 @@ def test_an_overlay_and_its_bitmaps(tmp_path: Path, checked: Checked) -> None:
     qemu_io(image, "write -c -P 3 6M 64k", "write -z 7M 100k")
     assert checked(image)["counts"] == {}
     add(image, "late")
+    assert checked(image)["counts"] == {}, "of several the largest is the only one that can be of its age"
+    for name in ("same-age", "coarse", "fine"):
+        qemu_img("bitmap", "--remove", image, name)
     found = checked(image)
     assert (found["status"], found["counts"]) == (0, {"bitmap-misses-overlay": 1})
     [hint] = found["findings"]
