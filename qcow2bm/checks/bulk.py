@@ -35,8 +35,6 @@ _DENSE = 1 << 14
 _COMPARED = 1 << 18
 """Bytes of refcount blocks that are compared at once."""
 
-_LESSON = 16 << 20
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -107,9 +105,6 @@ class BulkCensus(Census):
         self._near = min(self.clusters + 2, max(_NEAR, _NEAR_PER_ENTRY * entries))
         self._counts = {use: Counters(self._near) for use in Use}
         self._is_one: Mask | None = None
-        # A large block once given back teaches malloc to keep what smaller ones return, instead of a trip to the
-        # kernel for each temporary array.
-        np.empty(_LESSON, np.uint8)
 
     def count(self, use: Use, first: int, stop: int, weight: int) -> None:
         self._counts[use].add_run(first, stop, weight)
