@@ -217,6 +217,37 @@ def test_bitmaps_lost_by_a_downgrade(tmp_path: Path, checked: Checked) -> None:
     assert checked(image)["counts"] == {}
 
 
+def test_a_lost_directory_over_many_clusters(tmp_path: Path, checked: Checked) -> None:
+    image = create(tmp_path / "image.qcow2", "1M", "-o", "cluster_size=512")
+    names = [f"backup-{number:03}" for number in range(40)]
+    add(image, *names)
+    qemu_img("amend", "-f", "qcow2", "-o", "compat=0.10", image)
+    qemu_io(image, "write -P 1 256k 512")
+    found = checked(image, "--max-findings", "1000")
+    assert set(found["counts"]) == {"leak-lost-bitmap"}
+    assert {finding["location"].get("bitmap") for finding in found["findings"]} == {None, *names}
+
+
+def test_what_a_bitmap_left_behind_is_not_lost_while_it_lives(tmp_path: Path, checked: Checked) -> None:
+    """A change that was cut short leaks an earlier state of a bitmap: no loss, just leaks."""
+    image = create(tmp_path / "image.qcow2")
+    add(image, "daily")
+    qemu_io(image, "write -P 1 1M 1M")
+    raw = Raw.load(image)
+    size, end = raw.cluster_size, len(raw.data) + -len(raw.data) % raw.cluster_size
+    [entry] = raw.bitmap_data("daily")
+    parts = [raw.directory[0], raw.tables()["daily"][0], raw.number(entry) & OFFSET]
+    raw.data += bytes(end - len(raw.data))
+    for place in parts:
+        raw.data += raw.data[place : place + size]
+    raw.put(end, end + size)  # directory to table to data
+    raw.put(end + size, end + 2 * size)
+    for place in range(end, end + 3 * size, size):
+        raw.set_refcount(place, 1)
+    raw.save(image)
+    assert checked(image)["counts"] == {"leak": 3}
+
+
 def test_bitmaps_that_a_foreign_writer_made_void(tmp_path: Path, checked: Checked) -> None:
     """Their clusters are told from those of nobody."""
     image = create(tmp_path / "image.qcow2")
@@ -288,6 +319,39 @@ def test_an_overlay_and_its_bitmaps(tmp_path: Path, checked: Checked) -> None:
     assert hint["location"]["bitmap"] == "late"
     assert hint["values"] == {"granules": 1 + 16 + 16 + 1 + 2}  # clusters, in the order they were written
     qemu_img("bitmap", "--disable", image, "late")
+    assert checked(image)["counts"] == {}
+
+
+# ---- the disk ----
+
+
+def test_a_large_image_in_bulk(tmp_path: Path, checked: Checked) -> None:
+    """More L2 entries than are counted one by one, in long runs and in short ones."""
+    image = create(tmp_path / "image.qcow2", "2G", "-o", "preallocation=metadata")
+    qemu_img("snapshot", "-c", "before", image)
+    qemu_io(image, "write 100M 1M", "write 1500M 64k")
+    found, theirs = checked(image), check(image)
+    assert (found["status"], found["counts"]) == (0, {})
+    keys = ("total-clusters", "allocated-clusters", "fragmented-clusters", "image-end-offset")
+    assert {key: found["allocation"][key] for key in keys} == {key: theirs[key] for key in keys}
+
+
+def test_vm_state_past_the_end_of_the_disk_is_no_fault(tmp_path: Path, checked: Checked) -> None:
+    """QEMU keeps it behind what the disk needs of the L1 table, in the active one too after a snapshot is loaded."""
+    image = create(tmp_path / "image.qcow2", "1M")
+    qemu_io(image, "write -P 1 0 64k")
+    raw = Raw.load(image)
+    end = len(raw.data) + -len(raw.data) % raw.cluster_size
+    raw.data += bytes(end - len(raw.data) + 2 * raw.cluster_size)
+    table, state = end, end + raw.cluster_size
+    raw.put(raw.number(40) + 8, table | 1 << 63)
+    raw.put(table, state | 1 << 63)
+    raw.put(table + 8, 1)  # discarded: reads as zeroes
+    raw.put(36, 2, 4)
+    for place in (table, state):
+        raw.set_refcount(place, 1)
+    raw.save(image)
+    assert check(image)["returncode"] == 0
     assert checked(image)["counts"] == {}
 
 
