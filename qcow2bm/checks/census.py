@@ -1,7 +1,7 @@
 """How often each cluster is referred to, and by what kind of structure.
 
-A census can be taken by two means: here with the readable truth of `format/entries.py`, which is quickest for small
-images because it loads nothing; in `bulk.py` over whole tables with numpy. Both answer the same questions, and a
+A census can be taken by two means: in `plain.py` with the readable truth of `format/entries.py`, which is quickest for
+small images because it loads nothing; in `bulk.py` over whole tables with numpy. Both answer the same questions, and a
 property test holds them together.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain, pairwise
-from operator import sub
 
-from ..format.entries import L2Entry, table_entries
+from ..format.entries import L2Entry
 from ..format.geometry import Geometry
 from .stored import StoredRefcounts
 
@@ -212,147 +209,6 @@ class Census(ABC):
     def most(self) -> int:
         """The largest refcount that this image can store."""
         return (1 << self.geometry.refcount_bits) - 1
-
-
-class PlainCensus(Census):
-    """Run by run: entries that follow each other are one range, and so are the clusters that they refer to."""
-
-    def __init__(
-        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, version: int, data_file: bool
-    ) -> None:
-        super().__init__(geometry, file_size, stored, version=version, data_file=data_file)
-        self._runs: list[tuple[int, int, Use, int]] = []
-
-    def count(self, use: Use, first: int, stop: int, weight: int) -> None:
-        self._runs.append((first, stop, use, weight))
-
-    def count_each(self, clusters: Sequence[int], weight: int) -> None:
-        for cluster in clusters:
-            self.count(Use.STRUCTURE, cluster, cluster + 1, 1)
-            if weight > 1:
-                self.count(Use.REPEATED, cluster, cluster + 1, weight - 1)
-
-    def references(self, cluster: int) -> int:
-        return sum(weight for first, stop, _, weight in self._runs if first <= cluster < stop)
-
-    # L2 tables
-
-    def add_tables(self, batch: Batch) -> TableFacts:
-        size = self.geometry.cluster_size
-        found = [
-            self._add_table(batch.data[start : start + size], batch.active, batch.others)
-            for start in range(0, len(batch.data), size)
-        ]
-        return TableFacts(
-            allocated=sum(table.allocated for table in found),
-            fragmented=sum(table.fragmented for table in found),
-            compressed=sum(table.compressed for table in found),
-            suspects=[index for index, table in enumerate(found) if table.suspects],
-            miscopied=[index for index, table in enumerate(found) if table.miscopied],
-        )
-
-    def _add_table(self, data: memoryview, active: int, others: int) -> TableFacts:
-        geometry, data_file = self.geometry, self.data_file
-        allocated = fragmented = compressed = expected = 0
-        suspect = miscopied = False
-        for entry, length in self._entry_runs(bytes(data)):
-            faulty = next(entry.faults(geometry, version=self.version, data_file=data_file), None) is not None
-            suspect = suspect or faulty
-            suspect = not self.count_entry(entry, active, others, length) or suspect
-            if entry.is_compressed and not (data_file or entry.bitmap):
-                compressed += 1
-            elif entry.is_standard(geometry, data_file=data_file):
-                allocated += length
-                fragmented += bool(expected) and entry.host_offset != expected
-                expected = entry.host_offset + length * geometry.cluster_size
-                miscopied = miscopied or bool(active and self._is_miscopied(entry, length))
-        return TableFacts(
-            allocated + compressed,
-            fragmented + compressed,
-            compressed,
-            [0] if suspect else [],
-            [0] if miscopied else [],
-        )
-
-    def _entry_runs(self, data: bytes) -> Iterator[tuple[L2Entry, int]]:
-        """Entries that are not zero; those that differ from the one before by one cluster, and in no flag, with it.
-
-        Compressed ones, extended ones and those that go past the end of the file come one by one.
-        """
-        values, size = table_entries(data), self.geometry.cluster_size
-        if self.geometry.extended_l2:
-            for value, bitmap in zip(values[::2], values[1::2], strict=True):
-                if value or bitmap:
-                    yield L2Entry(value, bitmap), 1
-            return
-        steps = map(sub, values[1:], values)
-        breaks = [at for at, step in enumerate(steps, 1) if step != size and (step or values[at])]
-        for begin, stop in pairwise([0, *breaks, len(values)]):
-            start = begin if values[begin] else begin + 1  # nothing, and then the second cluster of the file
-            if start == stop:
-                continue
-            entry = L2Entry(values[start])
-            together = not entry.is_compressed and self._ends_inside(entry, stop - start)
-            for at in (start,) if together else range(start, stop):
-                yield L2Entry(values[at]), stop - start if together else 1
-
-    def _ends_inside(self, entry: L2Entry, length: int) -> bool:
-        return self.data_file or entry.host_offset + length * self.geometry.cluster_size <= self.file_size
-
-    def _is_miscopied(self, entry: L2Entry, length: int) -> bool:
-        if self.data_file:
-            return not entry.copied
-        first = self.geometry.cluster_of(entry.host_offset)
-        if entry.copied:
-            return not self.stored.all_are(1, first, first + length)
-        return any(self.stored.get(cluster) == 1 for cluster in range(first, first + length))
-
-    # Comparing
-
-    def overflows(self) -> Iterator[tuple[int, int]]:
-        for first, stop, uses in self._segments():
-            references = sum(uses.values())
-            if references > self.most:
-                yield from ((cluster, references) for cluster in range(first, stop))
-
-    def compared(self) -> Iterator[Mismatch | Overlap]:
-        at = 0
-        for first, stop, uses in chain(self._segments(), [(self.clusters, self.clusters, {})]):
-            yield from self._judge(at, first, 0)
-            yield from self._judge(first, stop, min(sum(uses.values()), self.most))
-            if any(use in uses for use in GUEST):
-                self.guest += stop - first
-            if must_not_share(uses):
-                yield Overlap(first, stop - first, tuple(sorted(uses.items())))
-            at = stop
-
-    def _segments(self) -> Iterator[tuple[int, int, dict[Use, int]]]:
-        """Ranges of clusters with the same uses, in order, without those that have none."""
-        changes: dict[int, Counter[Use]] = {}
-        for first, stop, use, weight in self._runs:
-            changes.setdefault(first, Counter())[use] += weight
-            changes.setdefault(stop, Counter())[use] -= weight
-        uses: Counter[Use] = Counter()
-        for first, stop in pairwise([*sorted(changes), 0]):
-            uses.update(changes[first])
-            uses = +uses  # without those that have come to 0
-            if uses:
-                yield first, stop, dict(uses)
-
-    def _judge(self, first: int, stop: int, references: int) -> Iterator[Mismatch]:
-        """Clusters that should all have one refcount."""
-        for start, end, block in self.stored.pieces(first, stop, every=references > 0) if first < stop else ():
-            if block is None:
-                continue
-            if self.stored.all_are(references, start, end):
-                self.highest = max(self.highest, end - 1) if references else self.highest
-                continue
-            for cluster in range(start, end):
-                stored = self.stored.get(cluster) or 0
-                if stored or references:
-                    self.highest = max(self.highest, cluster)
-                if stored != references:
-                    yield Mismatch(cluster, 1, stored, references)
 
 
 def must_not_share(uses: dict[Use, int]) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..format.entries import L2Entry, l1_offset, table_entries
 from ..format.text import decode_name
-from .census import PlainCensus
 from .model import Finding
+from .plain import PlainCensus
 from .view import Root, View
 
 if TYPE_CHECKING:

@@ -35,6 +35,9 @@ from .stored import StoredRefcounts
 
 Progress = Callable[[int, int], None]
 
+_REPEATED = 1 << 10
+"""Visits of one table up to which a finding is repeated for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Root:
@@ -105,6 +108,13 @@ class View:
         qemu-img makes no such difference.
         """
         return not self.as_qemu and (self.hidden or not self.complete)
+
+    def says_at_every_visit(self, visits: int) -> bool:
+        """True if what is wrong with a table that is named so often is a finding each time, as qemu-img prints it.
+
+        Otherwise it is one finding that counts them all, and so it is where there would be too many.
+        """
+        return self.as_qemu and visits <= _REPEATED
 
     @property
     def census(self) -> Census:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..format.entries import l1_offset
-from .census import Batch, PlainCensus
+from .census import Batch
+from .plain import PlainCensus
 from .view import Root, View
 
 _BATCH = 128 << 10

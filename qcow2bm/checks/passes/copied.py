@@ -9,9 +9,6 @@ from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
-_REPEATED = 1 << 10
-"""Visits of one table up to which findings are repeated in qemu-img's order, and not counted together."""
-
 
 def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
@@ -34,7 +31,7 @@ def copied(view: View) -> Iterator[Finding]:
             yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored, first=cluster)
         if offset in view.miscopied and offset not in done:
             visits = view.miscopied[offset]
-            each = view.as_qemu and visits <= _REPEATED  # qemu-img says it at every visit
+            each = view.says_at_every_visit(visits)
             if not each:
                 done.add(offset)
             yield from _table(view, offset, index, 1 if each else visits)

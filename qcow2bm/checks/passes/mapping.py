@@ -19,9 +19,6 @@ from ..problems import found
 from ..view import Root, View
 from ..walk import TableWalk
 
-_REPEATED = 1 << 10
-"""Visits of one table up to which findings are repeated in qemu-img's order, and not counted together."""
-
 
 def mapping(view: View) -> Iterator[Finding]:
     """Header, active L1 table, snapshots, and all their L2 tables. Leaves `roots`, `census` and `miscopied`."""
@@ -100,7 +97,7 @@ def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: se
         yield from _l1_entry(view, entry, place)
         if offset in suspects and offset not in done:
             visits = sum(suspects[offset])
-            each = view.as_qemu and visits <= _REPEATED  # qemu-img says it at every visit
+            each = view.says_at_every_visit(visits)
             if not each:
                 done.add(offset)
             yield from _l2_table(view, offset, place, 1 if each else visits)
