@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -220,6 +220,17 @@ def all_that_counts(image: Path) -> tuple[object, ...]:
         return image.stat().st_size, structures, bits, opened.usage()
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Signals as a shell in the foreground leaves them: one in the background, or nohup, has some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_rolls_a_commit_back(number, at, image, capsys, monkeypatch) -> None:

@@ -126,7 +126,8 @@ def _not_dirty(view: View, dirty: BitVector, granularity: int) -> int:
         missing += clean.count()
         if clean[0] and start == last:
             missing -= 1  # one granule over several tables
-        last = start + len(clean) - 1 if clean[-1] else -1
+        if clean[-1]:
+            last = start + len(clean) - 1
     return missing
 
 
