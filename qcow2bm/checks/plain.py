@@ -85,12 +85,14 @@ class PlainCensus(Census):
                     yield L2Entry(value, bitmap), 1
             return
         steps = map(sub, values[1:], values)
-        breaks = [at for at, step in enumerate(steps, 1) if step != size and (step or values[at])]
-        for begin, stop in pairwise([0, *breaks, len(values)]):
-            start = begin if values[begin] else begin + 1  # nothing, and then the second cluster of the file
-            if start == stop:
-                continue
+        # The second cluster of the file does not continue an entry of 0; an entry of 0 continues another.
+        breaks = [
+            at for at, step in enumerate(steps, 1) if (step != size or not values[at - 1]) and (step or values[at])
+        ]
+        for start, stop in pairwise([0, *breaks, len(values)]):
             entry = L2Entry(values[start])
+            if not entry.value:
+                continue
             together = not entry.is_compressed and self._ends_inside(entry, stop - start)
             for at in (start,) if together else range(start, stop):
                 yield L2Entry(values[at]), stop - start if together else 1

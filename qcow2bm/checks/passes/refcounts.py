@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from heapq import merge
 
 from ...format.entries import REFCOUNT_BLOCK_RESERVED, refcount_block_offset
 from ..census import Overlap
@@ -63,16 +64,20 @@ def refcounts(view: View) -> Iterator[Finding]:
         yield found(
             "refcount-overflow", text, Location("cluster", offset), count=references - census.most, offset=offset
         )
-    yield from _unreadable(view)
-    for run in census.compare():
+    # In the order of clusters, as qemu-img goes.
+    yield from merge(_unreadable(view), _compared(view), key=lambda finding: finding.values["first"])
+    end = view.geometry.offset_of(census.highest + 1)
+    view.allocation = replace(view.allocation, image_end_offset=end)
+
+
+def _compared(view: View) -> Iterator[Finding]:
+    for run in view.census.compare():
         if isinstance(run, Overlap):
             yield overlap(view, run)
         elif run.stored > run.references == 0 and not view.as_qemu and len(view.leaks) < _KEPT_LEAKS:
             view.leaks.append(run)
         else:
             yield mismatch(view, run)
-    end = view.geometry.offset_of(census.highest + 1)
-    view.allocation = replace(view.allocation, image_end_offset=end)
 
 
 def _unreadable(view: View) -> Iterator[Finding]:
