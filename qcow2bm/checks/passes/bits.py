@@ -67,6 +67,8 @@ def nesting(view: View) -> Iterator[Finding]:
 
     Which is older nobody has written down. But at one granularity, sorted by size, each must be inside the next.
     """
+    if view.hidden:
+        return  # tables that share clusters tell nothing
     recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
     coarsest = max((bitmap.granularity for bitmap in recording), default=0)
     sized = [(bitmap, _coarsened(view, bitmap, coarsest)) for bitmap in recording]
@@ -95,7 +97,7 @@ def overlay(view: View) -> Iterator[Finding]:
 
     Of several, the one that holds most is the only candidate for that age.
     """
-    if view.image.backing_file is None:
+    if view.image.backing_file is None or view.hidden:
         return
     recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
     if not recording:
