@@ -88,7 +88,7 @@ class BulkCensus(Census):
     """Whole tables at once.
 
     Args:
-        entries: L2 entries that the image has, which bounds what its counters may take.
+        entries: entries of L2 and bitmap tables that the image has, which bounds what its counters may take.
     """
 
     def __init__(

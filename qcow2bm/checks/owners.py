@@ -87,8 +87,8 @@ class OwnerSearch:
                 continue
             start = index * self._geometry.l2_span
             self._note(offset, size, f"the L2 table of guest offset {start:#x}{suffix}")
-            if view.header.has_data_file or offset >= view.file.size:
-                continue
+            if view.header.has_data_file or offset >= view.file.size or not self._geometry.is_aligned(offset):
+                continue  # any number of unaligned tables may lie in the same few bytes
             for place, reach in self._hits(offset):
                 guest = start + place * size
                 self._note(*reach, f"guest data at {guest:#x}{suffix}")

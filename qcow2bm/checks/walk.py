@@ -53,7 +53,12 @@ class TableWalk:
             from .bulk import BulkCensus
 
             view.census = BulkCensus(
-                self._geometry, view.file_size, view.stored, version=version, data_file=data_file, entries=entries
+                self._geometry,
+                view.file_size,
+                view.stored,
+                version=version,
+                data_file=data_file,
+                entries=entries + bitmap_entries,
             )
         else:
             view.census = PlainCensus(self._geometry, view.file_size, view.stored, version=version, data_file=data_file)

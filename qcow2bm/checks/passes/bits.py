@@ -18,6 +18,9 @@ from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
+_LOOKED_AT = 1 << 20
+"""Data clusters that are read to see whether they are needless."""
+
 
 def bitmap_data(view: View) -> Iterator[Finding]:
     """Bits past the end of the disk, and data clusters that a table entry alone could stand for."""
@@ -53,6 +56,8 @@ def _needless(view: View, bitmap: StoredBitmap, seen: set[int]) -> Iterator[Find
         offset = BitmapTableEntry(value).offset
         if not offset or offset in seen:
             continue
+        if len(seen) >= _LOOKED_AT:
+            break
         seen.add(offset)
         if view.file.read_padded(offset, size) in constants:
             needless, first = needless + 1, first or offset
