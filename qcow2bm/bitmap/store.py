@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import cached_property
 
@@ -319,13 +319,13 @@ class BitmapDirectory:
         if self.damage is not None:
             raise BitmapBrokenError(f"the bitmap directory is damaged: {self.damage}", hint="nothing was changed")
 
-    def references(self) -> Iterator[Reference]:
-        """The host ranges that the directory, the tables and their entries take."""
+    def references(self, bitmaps: Iterable[StoredBitmap] | None = None) -> Iterator[Reference]:
+        """The host ranges that the directory, the tables and their entries take: of all bitmaps, or of some."""
         if self.pointer is not None:
             pointer = self.pointer
             offset, size = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
             yield Reference(offset, size, Kind.BITMAPS, "the bitmap directory")
-        for bitmap in self.bitmaps:
+        for bitmap in self.bitmaps if bitmaps is None else bitmaps:
             yield from bitmap.references()
 
 

@@ -138,9 +138,8 @@ class BulkCensus(Census):
 
     def copied_rightly(self, l1_table: array[int]) -> bool:
         values = np.frombuffer(l1_table, np.uint64)
-        values = values[values & np.uint64(OFFSET_MASK) != 0]
-        clusters = ((values & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
-        return not self._miscopied(values, clusters).size
+        entries = _Entries(values[values & np.uint64(OFFSET_MASK) != 0], None, self.geometry)
+        return not self._miscopied(entries.values, entries.clusters).size
 
     def references(self, cluster: int) -> int:
         slices = (counts.slice(cluster, cluster + 1) for counts in self._counts.values())
@@ -158,7 +157,7 @@ class BulkCensus(Census):
 
     def _add_long_runs(self, entries: _Entries, batch: Batch) -> TableFacts | None:
         """The quick way, for tables of standard clusters in a few long runs; None if these are not such tables."""
-        odd = COMPRESSED | L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK) | ZERO
+        odd = COMPRESSED | ZERO | self._odd_bits
         size = entries.values.size
         if self.data_file or entries.every & odd or entries.edges.size * _VERY_LONG_RUN > size:
             return None
@@ -213,12 +212,17 @@ class BulkCensus(Census):
         tables: list[int] = np.unique(places // self.geometry.l2_entries).tolist()
         return tables
 
+    @property
+    def _odd_bits(self) -> int:
+        """Bits that no standard entry has: reserved ones, and those of an offset within a cluster."""
+        return L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK)
+
     def _suspects(self, entries: _Entries) -> Mask | None:
         """Entries to look at one by one: all that `L2Entry.faults` complains of or that reach outside; None if none.
 
         Some that are sound may be among them.
         """
-        odd = L2_RESERVED | (self.geometry.cluster_size - 1 & OFFSET_MASK) | (ZERO if self.version == 2 else 0)
+        odd = self._odd_bits | (ZERO if self.version == 2 else 0)
         suspects: Mask = np.zeros(entries.values.size, np.bool_)
         if not entries.all_compressed and (
             entries.every & odd or (not self.data_file and entries.highest >= self.file_size)

@@ -133,7 +133,7 @@ class Census(ABC):
 
         False if that reaches outside the file.
         """
-        if entry.is_compressed and (self.data_file or entry.bitmap):
+        if entry.is_compressed and not entry.is_stream(data_file=self.data_file):
             return True
         place = entry.host_range(self.geometry, data_file=self.data_file)
         if place is None:

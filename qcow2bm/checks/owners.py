@@ -47,7 +47,7 @@ class OwnerSearch:
         if not self._owners:
             return {}
         view = self._view
-        for reference in chain(view.structures(), view.bitmap_references()):
+        for reference in chain(view.structures(), view.directory.references(view.bitmaps)):
             self._note(reference.offset, reference.length, reference.owner)
         for root in view.roots:
             self._note_mapping(root)

@@ -58,7 +58,7 @@ class PlainCensus(Census):
             faulty = next(entry.faults(geometry, version=self.version, data_file=data_file), None) is not None
             suspect = suspect or faulty
             suspect = not self.count_entry(entry, active, others, length) or suspect
-            if entry.is_compressed and not (data_file or entry.bitmap):
+            if entry.is_stream(data_file=data_file):
                 compressed += 1
             elif entry.is_standard(geometry, data_file=data_file):
                 allocated += length

@@ -50,7 +50,7 @@ class StoredRefcounts:
         offset = refcount_block_offset(self.table[index]) if index < len(self.table) else 0
         if not offset:
             return bytes(size)
-        if not self._geometry.may_start(offset, size):
+        if not self.is_readable(index):
             return None
         return self._file.read_padded(offset, size)
 
@@ -65,7 +65,7 @@ class StoredRefcounts:
         size = self._geometry.cluster_size
         table = self.table[start:stop]
         offsets = [refcount_block_offset(entry) for entry in table] + [0] * (stop - start - len(table))
-        readable = [self._geometry.may_start(offset, size) for offset in offsets]
+        readable = [self.is_readable(index) for index in range(start, stop)]
         buffer = memoryview(bytearray(size * (stop - start)))
         nowhere = self._file.size
         places = (offset if offset and sound else nowhere for offset, sound in zip(offsets, readable, strict=True))

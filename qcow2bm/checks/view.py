@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bitmap.store import BitmapDirectory, StoredBitmap
-from ..errors import CorruptImageError, LockingUnavailableError, naming
+from ..errors import CorruptImageError, naming
 from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import table_entries
 from ..format.extensions import CryptoHeaderPointer, ExtensionArea
@@ -24,9 +24,8 @@ from ..format.header import MAGIC, Header
 from ..format.limits import MAX_CLUSTER_BITS, MAX_ENCRYPTION_HEADER, MAX_L1_ENTRIES
 from ..format.snapshot_table import SnapshotEntry
 from ..format.text import decode_name
-from ..image import lock
 from ..image.file import ImageFile
-from ..image.image import Qcow2Image, settle_interrupted
+from ..image.image import Qcow2Image, settle_interrupted, take_locks
 from ..image.plan import SECTOR
 from ..image.references import Kind, Reference, l1_owner, structures
 from .census import Census, Mismatch
@@ -139,15 +138,6 @@ class View:
             if root.fault is None:
                 yield Reference(root.offset, 8 * root.entries, Kind.L1_TABLES, l1_owner(root.snapshot))
 
-    def bitmap_references(self) -> Iterator[Reference]:
-        """The directory, and tables and data of the bitmaps whose tables are looked at."""
-        pointer = self.directory.pointer
-        if pointer is not None:
-            place = pointer.bitmap_directory_offset, pointer.bitmap_directory_size
-            yield Reference(*place, Kind.BITMAPS, "the bitmap directory")
-        for bitmap in self.bitmaps:
-            yield from bitmap.references()
-
     def read_l1(self, root: Root) -> array[int]:
         """An L1 table as native integers, without the zeroes past the end of the file; nothing if it cannot be one."""
         if root.fault is not None or root.entries > MAX_L1_ENTRIES:
@@ -189,19 +179,11 @@ def opened(
     file = ImageFile.open(path)
     try:
         with naming(Path(path)):
-            locked = use_locks and _lock(file, force_share=force_share)
+            locked = use_locks and take_locks(file, writable=False, force_share=force_share)
             settle_interrupted(file, writable=False)
             yield file, locked and not force_share
     finally:
         file.close()
-
-
-def _lock(file: ImageFile, *, force_share: bool) -> bool:
-    try:
-        lock.acquire(file.fd, lock.LockMode.FORCED_READER if force_share else lock.LockMode.READER)
-    except LockingUnavailableError:
-        return False
-    return True
 
 
 def read_header(file: ImageFile) -> tuple[Header, bytes]:

@@ -143,6 +143,13 @@ class L2Entry:
         zero = self.value & ZERO and not geometry.extended_l2
         return bool(self.host_offset) or (data_file and self.copied and not zero)
 
+    def is_stream(self, *, data_file: bool = False) -> bool:
+        """True if the entry is a compressed cluster that takes host clusters, as QEMU counts them.
+
+        Beside an external data file, or with a subcluster bitmap, it is a fault and takes none.
+        """
+        return self.is_compressed and not (data_file or self.bitmap)
+
     def faults(self, geometry: Geometry, *, version: int = 3, data_file: bool = False) -> Iterator[Fault]:
         """What breaks the format in the entry by itself, in the order of `check_refcounts_l2`."""
         if self.is_compressed:

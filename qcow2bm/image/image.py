@@ -96,7 +96,7 @@ class Qcow2Image:
         file = open_file(path, writable=writable)
         try:
             with naming(file.path):
-                locked = use_locks and _take_locks(file, writable=writable, force_share=force_share)
+                locked = use_locks and take_locks(file, writable=writable, force_share=force_share)
                 rolled_back = settle_interrupted(file, writable=writable)
                 image = cls(file, *read_head(file), locked=locked and not force_share)
                 image.rolled_back = rolled_back
@@ -172,7 +172,13 @@ class Qcow2Image:
         return self.file.read_at(offset, present)
 
 
-def _take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
+def take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
+    """Lock an open file as the only writer or as a reader; False if the file system has no locks for a reader.
+
+    Raises:
+        InUseError: a conflicting lock is held.
+        LockingUnavailableError: `writable` on a file system without locks.
+    """
     mode = lock.LockMode.WRITER if writable else lock.LockMode.READER
     if force_share:
         mode = lock.LockMode.FORCED_READER

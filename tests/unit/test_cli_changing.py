@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2bm import __main__, api
+from qcow2bm import api
 from qcow2bm.image import undo as journal
 from tests.support.images import unpack
 
@@ -17,15 +17,6 @@ WEEK = ["mon", "tue", "wed", "thu", "fri", "sat"]
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     return unpack("office-week", tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    def runner(*words: str | Path) -> tuple[int, str, str]:
-        status = __main__.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return runner
 
 
 def names(path: Path) -> list[str]:

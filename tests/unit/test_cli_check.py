@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import qcow2bm
-from qcow2bm import __main__
 from qcow2bm.checks.model import Severity
 from qcow2bm.checks.problems import PROBLEMS
 from tests.support.images import unpack
@@ -19,15 +18,6 @@ from tests.support.raw import Raw
 
 CLUSTER = 64 << 10
 LEAKS = 5
-
-
-@pytest.fixture
-def run(capsys):
-    def runner(*words: str | Path) -> tuple[int, str, str]:
-        status = __main__.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return runner
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcow2bm import __main__, api
+from qcow2bm import api
 from qcow2bm.bitmap.structures import STRUCTURES
 from tests.support.images import all_fixtures, fixture, unpack
 
@@ -19,15 +19,6 @@ from tests.support.images import all_fixtures, fixture, unpack
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     return unpack("office-week", tmp_path)
-
-
-@pytest.fixture
-def run(capsys):
-    def runner(*words: str | Path) -> tuple[int, str, str]:
-        status = __main__.main([str(word) for word in words])
-        return status, *capsys.readouterr()
-
-    return runner
 
 
 def patch(path: Path, offset: int, data: bytes) -> None:

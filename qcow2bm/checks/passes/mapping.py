@@ -137,10 +137,10 @@ def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Itera
             fault.code, fault.message, where, count=visits, entry=entry.value, offset=entry.host_offset,
             index=where.index or 0, coffset=entry.value & (1 << view.geometry.compressed_offset_bits) - 1,
         )  # fmt: skip
-    if entry.is_compressed and entry.bitmap:
+    if entry.is_compressed and not entry.is_stream(data_file=data_file):
         return
     reach = entry.host_range(view.geometry, data_file=data_file)
-    if reach is None or (entry.is_compressed and data_file) or not view.census.reaches_outside(*reach):
+    if reach is None or not view.census.reaches_outside(*reach):
         return
     code, what = ("compressed-outside", "compressed") if entry.is_compressed else ("data-outside", "data")
     text = f"a {what} cluster ({reach[1]} bytes at {reach[0]:#x}) lies outside the file"

@@ -1,0 +1,23 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qcow2bm import __main__
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command line in this process: its exit status, what it printed, and what it printed on stderr."""
+
+    def runner(*words: str | Path) -> tuple[int, str, str]:
+        status = __main__.main([str(word) for word in words])
+        return status, *capsys.readouterr()
+
+    return runner
