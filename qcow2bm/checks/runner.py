@@ -84,17 +84,30 @@ def check(
         InterruptedChangeError: a change was cut short and must be settled first.
         ImageIOError: the operating system refused.
     """
+    with opened(path, force_share=force_share, use_locks=use_locks) as (file, locked):
+        return check_file(file, locked=locked, owners=owners, limit=limit, progress=progress)
+
+
+def check_file(
+    file: ImageFile,
+    *,
+    locked: bool = True,
+    owners: bool = False,
+    limit: int | None = DEFAULT_LIMIT,
+    progress: Progress = lambda _done, _total: None,
+) -> Report:
+    """As `check`, of a file that is open, or of one as it would be."""
     tally = Tally(limit)
-    with inspecting(path, force_share=force_share, use_locks=use_locks, progress=progress) as inspection:
-        for finding in chain(inspection.early, inspection.findings(OPENING)):
-            tally.add(finding)
-        view = inspection.view
-        if view is None or UNKNOWN_INCOMPATIBLE in tally.counts:  # nobody here knows what the rest means
-            return _report(tally, complete=False, locked=inspection.locked, allocation=Allocation())
-        for finding in inspection.findings(CHECKING + BEYOND):
-            tally.add(finding)
-        _name_owners(view, tally, everything=owners)
-        return _report(tally, complete=view.complete, locked=inspection.locked, allocation=_allocation(view))
+    inspection = inspect(file, locked=locked, progress=progress)
+    for finding in chain(inspection.early, inspection.findings(OPENING)):
+        tally.add(finding)
+    view = inspection.view
+    if view is None or UNKNOWN_INCOMPATIBLE in tally.counts:  # nobody here knows what the rest means
+        return _report(tally, complete=False, locked=locked, allocation=Allocation())
+    for finding in inspection.findings(CHECKING + BEYOND):
+        tally.add(finding)
+    _name_owners(view, tally, everything=owners)
+    return _report(tally, complete=view.complete, locked=locked, allocation=_allocation(view))
 
 
 @dataclass(slots=True)
@@ -141,10 +154,18 @@ def inspecting(
         Qcow2bmError: as `check`.
     """
     with opened(path, force_share=force_share, use_locks=use_locks) as (file, locked):
-        yield _inspection(file, locked=locked, as_qemu=as_qemu, progress=progress)
+        yield inspect(file, locked=locked, as_qemu=as_qemu, progress=progress)
 
 
-def _inspection(file: ImageFile, *, locked: bool, as_qemu: bool, progress: Progress) -> Inspection:
+def inspect(
+    file: ImageFile, *, locked: bool, as_qemu: bool = False, progress: Progress = lambda _done, _total: None
+) -> Inspection:
+    """Look at an open file, however damaged the image in it is.
+
+    Raises:
+        NotQcow2Error: it does not begin as a qcow2 image.
+        UnsupportedVersionError: a version that is not known.
+    """
     fields, data = read_header(file)
     faults = tuple(fields.faults())
     if any(fault.weight is Weight.FATAL for fault in faults):

@@ -166,21 +166,24 @@ class View:
 
 @contextlib.contextmanager
 def opened(
-    path: str | os.PathLike[str], *, force_share: bool = False, use_locks: bool = True
+    path: str | os.PathLike[str], *, writable: bool = False, force_share: bool = False, use_locks: bool = True
 ) -> Iterator[tuple[ImageFile, bool]]:
-    """An image file open as a reader's, and whether a lock protects it.
+    """An image file open as a reader's, or as the only writer's, and whether a lock protects it.
+
+    A change of ours that a crash cut short is rolled back first for a writer.
 
     Raises:
         NotQcow2Error: it does not begin as a qcow2 image.
         InUseError: another process writes to it, and `force_share` is off.
+        LockingUnavailableError: `writable` on a file system without locks.
         InterruptedChangeError: a change of ours was cut short and must be settled first.
         ImageIOError: the operating system refused.
     """
-    file = ImageFile.open(path)
+    file = ImageFile.open(path, writable=writable)
     try:
         with naming(Path(path)):
-            locked = use_locks and take_locks(file, writable=False, force_share=force_share)
-            settle_interrupted(file, writable=False)
+            locked = use_locks and take_locks(file, writable=writable, force_share=force_share)
+            settle_interrupted(file, writable=writable)
             yield file, locked and not force_share
     finally:
         file.close()

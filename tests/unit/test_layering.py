@@ -27,6 +27,7 @@ FLOORS = (
     {"image"},
     {"bitmap"},
     {"checks", "chain", "transaction"},
+    {"repair"},
     {"backup", "checkpoint", "nbd", "fleet"},
     {"api", "report"},
     {PACKAGE},

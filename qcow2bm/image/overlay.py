@@ -1,0 +1,226 @@
+"""A file as it would be: writes go to memory beside the open image, reads see both.
+
+A repair is worked out on one of these. Every rule that reads an image judges the repaired one before its first byte is
+written, and the plan is what differs in the end, whatever steps led there.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from tempfile import TemporaryFile
+from typing import IO
+
+from ..errors import TruncatedImageError
+from ..format.header import INCOMPATIBLE_FIELD, Incompatible
+from .file import ImageFile
+from .image import Qcow2Image
+from .plan import SECTOR, Plan, Stage, Write, fits_a_sector
+
+_PAGE = 4096
+_IN_MEMORY = 32 << 20
+"""Bytes of changed pages that are held in memory; the rest goes to a temporary file."""
+
+
+class OverlayFile(ImageFile):
+    """An image file with changes that nobody else sees. Its descriptor, and so its locks, are the base's.
+
+    Attributes:
+        base: the file below, which is only read.
+    """
+
+    def __init__(self, base: ImageFile) -> None:
+        super().__init__(base.fd, base.path, writable=True, size=base.size, is_device=base.is_device)
+        self.base = base
+        self.slack = base.slack
+        self._changed: list[int] = []
+        self._pages: dict[int, bytes | int] = {}
+        self._spill: IO[bytes] | None = None
+        self._spilled = 0
+
+    @property
+    def present(self) -> int:
+        """Bytes that the file would take."""
+        return self.base.present + len(self._pages) * _PAGE
+
+    def close(self) -> None:
+        """Forget the changes; the base stays open."""
+        if self._spill is not None:
+            self._spill.close()
+        self._pages.clear()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """As `ImageFile.read_at`, with the changes."""
+        if not self._pages and offset + length <= self.base.size:
+            return self.base.read_at(offset, length)
+        if not length:
+            return b""
+        present = self._require_present(offset, length)
+        data = bytearray(self._base_bytes(offset, present))
+        for page in self._pages_in(offset, present):
+            start, content = page * _PAGE, self._page(page)
+            low, high = max(start, offset), min(start + _PAGE, offset + present)
+            data[low - offset : high - offset] = content[low - start : high - start]
+        return bytes(data) + bytes(length - present)
+
+    def read_pieces(self, pieces: Iterable[tuple[int, int]], buffer: memoryview) -> None:
+        """As `ImageFile.read_pieces`, with the changes."""
+        at = 0
+        for offset, length in pieces:
+            buffer[at : at + length] = self.read_padded(offset, length)
+            at += length
+
+    def next_data(self, offset: int) -> int:
+        """As `ImageFile.next_data`: a changed page is data."""
+        found = min(self.base.next_data(offset), self.size) if offset < self.base.size else self.size
+        place = bisect_left(self._changed, offset // _PAGE)
+        if place < len(self._changed):
+            found = min(found, max(offset, self._changed[place] * _PAGE))
+        return found
+
+    def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Change bytes of the overlay."""
+        view = memoryview(data).cast("B")
+        self.size = max(self.size, offset + len(view))
+        while view:
+            page, within = divmod(offset, _PAGE)
+            part = view[: _PAGE - within]
+            if len(part) == _PAGE:
+                self._store(page, bytes(part))
+            else:
+                content = bytearray(self._page(page) if page in self._pages else self._base_page(page))
+                content[within : within + len(part)] = part
+                self._store(page, bytes(content))
+            view, offset = view[len(part) :], offset + len(part)
+
+    def barrier(self) -> None:
+        """Nothing to flush."""
+
+    def truncate(self, size: int) -> None:
+        """Extend the file; an overlay never shrinks."""
+        self.size = max(self.size, size)
+
+    # The plan
+
+    def plan(self, image: Qcow2Image, fresh: Collection[int], summary: tuple[str, ...]) -> Plan:
+        """What differs from the base, as one change that a journal keeps whole.
+
+        The first cluster is written last. Until then the corrupt bit keeps QEMU from writing to an image that a crash
+        has caught half-way.
+
+        Args:
+            image: the image as it is in the base.
+            fresh: numbers of the clusters that were free and have been filled.
+        """
+        size = image.geometry.cluster_size
+        header: list[Write] = []
+        filled: list[Write] = []
+        rewritten: list[Write] = []
+        for offset, length in self._differing(size):
+            new = partial(self.read_at, offset, length)
+            if offset < size:
+                header.append(Write.replace(offset, self._base_bytes(offset, length), new(), "the header"))
+            elif offset // size in fresh:
+                filled.append(Write(offset, length, new, "new clusters"))
+            else:
+                rewritten.append(Write(offset, length, new, "rewritten in place", self._base_bytes(offset, length)))
+        stages = [
+            Stage("fill free clusters", tuple(filled), journaled=True),
+            Stage("rewrite in place", tuple(rewritten), journaled=True),
+            Stage("write the header", tuple(header), journaled=True),
+        ]
+        stages = [stage for stage in stages if stage.writes]
+        if len(stages) > 1 or (header and not fits_a_sector(header)):
+            stages = _marked(image, stages)
+        return Plan(
+            size, self.base.size, self.size, tuple(stages), commit_stage=max(0, len(stages) - 1), summary=summary
+        )  # fmt: skip
+
+    def _differing(self, cluster_size: int) -> Iterator[tuple[int, int]]:
+        """Ranges of whole sectors that differ, none across the end of a cluster that is larger than a sector."""
+        start = end = 0
+        for sector in self._differing_sectors():
+            offset = sector * SECTOR
+            stop = min(offset + SECTOR, self.size)
+            if offset == end and offset % max(cluster_size, SECTOR) and end > start:
+                end = stop
+                continue
+            if end > start:
+                yield start, end - start
+            start, end = offset, stop
+        if end > start:
+            yield start, end - start
+
+    def _differing_sectors(self) -> Iterator[int]:
+        for page in self._changed:
+            new, old = self._page(page), self._base_page(page)
+            if new == old:
+                continue
+            for at in range(0, _PAGE, SECTOR):
+                if new[at : at + SECTOR] != old[at : at + SECTOR]:
+                    yield (page * _PAGE + at) // SECTOR
+
+    # Pages
+
+    def _require_present(self, offset: int, length: int) -> int:
+        """How much of a range lies within the file; raises as `read_at` for what is not there at all."""
+        if offset >= self.size or offset + length > self.size + self.slack:
+            raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
+        return min(length, self.size - offset)
+
+    def _base_bytes(self, offset: int, length: int) -> bytes:
+        return self.base.read_padded(offset, length)
+
+    def _base_page(self, page: int) -> bytes:
+        return self._base_bytes(page * _PAGE, _PAGE)
+
+    def _pages_in(self, offset: int, length: int) -> Iterator[int]:
+        """The changed pages that a range touches."""
+        place = bisect_left(self._changed, offset // _PAGE)
+        while place < len(self._changed) and self._changed[place] * _PAGE < offset + length:
+            yield self._changed[place]
+            place += 1
+
+    def _page(self, page: int) -> bytes:
+        content = self._pages[page]
+        if isinstance(content, bytes):
+            return content
+        assert self._spill is not None
+        return os.pread(self._spill.fileno(), _PAGE, content)
+
+    def _store(self, page: int, content: bytes) -> None:
+        there = self._pages.get(page)
+        if there is None:
+            insort(self._changed, page)
+        if isinstance(there, int) or len(self._pages) * _PAGE > _IN_MEMORY:
+            if self._spill is None:
+                self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
+            place = there if isinstance(there, int) else self._spilled
+            self._spilled += _PAGE if place == self._spilled else 0
+            os.pwrite(self._spill.fileno(), content, place)
+            self._pages[page] = place
+        else:
+            self._pages[page] = content
+
+
+def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
+    """The stages, with the corrupt bit set before the first; the last clears it, with all else in the header."""
+    features = image.header.incompatible_features
+    if image.header.version < 3 or features & Incompatible.CORRUPT:
+        return stages
+    field, length = INCOMPATIBLE_FIELD, 8
+    plain, marked = (int(value).to_bytes(length, "big") for value in (features, features | Incompatible.CORRUPT))
+    text = "header: the corrupt bit keeps QEMU out meanwhile"
+    first = Stage(text, (Write.replace(field, plain, marked, text),), atomic=True, journaled=True)
+    *others, last = stages
+    if last.writes[0].offset != 0:
+        others.append(last)
+        restored = Write.replace(field, marked, plain, "header: the corrupt bit is cleared again")
+        return [first, *others, Stage("clear the corrupt bit", (restored,), atomic=True, journaled=True)]
+    write, *more = last.writes
+    old = bytearray(write.old or b"")
+    old[field : field + length] = marked
+    return [first, *others, replace(last, writes=(replace(write, old=bytes(old)), *more))]
