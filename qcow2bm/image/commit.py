@@ -30,6 +30,7 @@ from ..errors import (
     from_os_error,
     naming,
 )
+from .file import ImageFile
 from .image import Qcow2Image
 from .plan import Plan, Stage, Write
 
@@ -55,15 +56,22 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
         UndoError: the undo file or the journal cannot be written; nothing was changed.
         ImageIOError: a write failed and everything was put back, or a flush failed and the state is unknown.
     """
+    carry_out(image.file, plan, undo=undo, progress=progress)
     with naming(image.file.path):
-        if not image.file.writable:
+        image.reload()
+
+
+def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
+    """As `commit`, of a file whose image may be too damaged to be opened."""
+    with naming(file.path):
+        if not file.writable:
             raise UsageError("the image is open read-only", hint="open it with writable=True")
-        _require_as_planned(image, plan)
-        _require_space(image, plan)
-        if plan.journaled and image.file.is_device and undo is None:
+        _require_as_planned(file, plan)
+        _require_space(file, plan)
+        if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
-        writer = _undo_writer(image, plan, undo)
-        engine = _Engine(image, plan, progress)
+        writer = _undo_writer(file, plan, undo)
+        engine = _Engine(file, plan, progress)
         try:
             engine.run()
         except BaseException:
@@ -71,19 +79,18 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
                 writer.discard()
             raise
         if writer is not None:
-            writer.complete(image.file)
-        image.reload()
+            writer.complete(file)
 
 
-def _require_as_planned(image: Qcow2Image, plan: Plan) -> None:
+def _require_as_planned(file: ImageFile, plan: Plan) -> None:
     """Look at everything the plan rewrites before the first byte is written: its free clusters may be free no more."""
-    changed = image.file.size != plan.size_before
+    changed = file.size != plan.size_before
     earlier: dict[int, list[Write]] = {}
     for write in plan.writes():
         if write.old is None or changed:
             continue
         # Where two stages rewrite a place, the second expects what the first leaves.
-        now = bytearray(image.file.read_at(write.offset, write.length))
+        now = bytearray(file.read_at(write.offset, write.length))
         neighbours = earlier.setdefault(write.offset // plan.cluster_size, [])
         for other in neighbours:
             _overlay(now, write.offset, other)
@@ -100,20 +107,20 @@ def _overlay(data: bytearray, offset: int, write: Write) -> None:
         data[start - offset : end - offset] = write.read()[start - write.offset : end - write.offset]
 
 
-def _require_space(image: Qcow2Image, plan: Plan) -> None:
-    free = image.file.free_space()
+def _require_space(file: ImageFile, plan: Plan) -> None:
+    free = file.free_space()
     if free is not None and plan.growth > free:
         raise NoSpaceError(
             f"the change needs {plan.growth} bytes more and the file system has {free}", hint="nothing was changed"
         )
 
 
-def _undo_writer(image: Qcow2Image, plan: Plan, path: Path | None) -> UndoWriter | None:
+def _undo_writer(file: ImageFile, plan: Plan, path: Path | None) -> UndoWriter | None:
     if path is None:
         return None
     from .undo import UndoWriter  # rarely needed, and its structures take time to declare
 
-    return UndoWriter.create(path, image.file, plan.stages, plan.size_after)
+    return UndoWriter.create(path, file, plan.stages, plan.size_after)
 
 
 class _Kept:
@@ -150,8 +157,8 @@ class _Kept:
 class _Engine:
     """One run of a plan."""
 
-    def __init__(self, image: Qcow2Image, plan: Plan, progress: Progress | None) -> None:
-        self._file = image.file
+    def __init__(self, file: ImageFile, plan: Plan, progress: Progress | None) -> None:
+        self._file = file
         self._plan = plan
         self._progress = progress
         self._total = plan.bytes_written
