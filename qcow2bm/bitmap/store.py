@@ -120,6 +120,11 @@ class StoredBitmap:
         fault = next((fault for fault in faults if fault.weight is not Weight.MINOR), None)
         if fault is not None:
             return fault.message
+        return self.table_fault
+
+    @property
+    def table_fault(self) -> str | None:
+        """What is wrong with its table, or None; the directory entry is not judged."""
         try:
             return self._table_fault()
         except CorruptImageError as error:

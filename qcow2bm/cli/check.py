@@ -91,7 +91,7 @@ def check(
 def _print(path: Path, report: Report) -> None:
     """The verdict, then the problems, worst first: what was found, what it means, what to do."""
     colour = _COLOURS.get(report.worst or Severity.HINT, "green")
-    print(f"{painted(printable(path), 'bold')}: {painted(_verdict(report), colour)}")
+    print(f"{painted(printable(path), 'bold')}: {painted(verdict(report), colour)}")
     if not report.complete:
         print("  part of the image could not be checked: see below")
     if report.worst is Severity.CORRUPTION:
@@ -114,7 +114,8 @@ def _print(path: Path, report: Report) -> None:
         print_pairs(_summary(report.allocation), indent="  ")
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """A report in a few words."""
     refused = any(finding.qemu is InQemu.REFUSES for finding in report.findings)
     if report.worst is Severity.BITMAP and refused:
         return "QEMU refuses to open it because of its bitmaps; data and refcounts are fine"

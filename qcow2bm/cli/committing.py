@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,11 @@ if TYPE_CHECKING:
     from ..image.plan import Plan
 
 
-def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
-    """Commit a plan; an ending signal counts as long as the old state can still be put back, and is ignored after that.
+@contextlib.contextmanager
+def committing(plan: Plan, progress: Progress | None) -> Iterator[Progress]:
+    """While a plan is carried out an ending signal counts as long as the old state can still be put back.
 
-    Raises:
-        Qcow2bmError: see `qcow2bm.image.commit.commit`.
-        KeyboardInterrupt, Terminated: a signal came, and everything was put back.
+    Yields what the commit engine is to be given for progress; there a signal raises KeyboardInterrupt or Terminated.
     """
     reversible = sum(write.length for stage in plan.stages[: plan.commit_stage + 1] for write in stage.writes)
 
@@ -29,4 +30,15 @@ def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Prog
             progress(done, total)
 
     with Postponed() as signals:
+        yield written
+
+
+def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
+    """Commit a plan; an ending signal counts as long as the old state can still be put back, and is ignored after that.
+
+    Raises:
+        Qcow2bmError: see `qcow2bm.image.commit.commit`.
+        KeyboardInterrupt, Terminated: a signal came, and everything was put back.
+    """
+    with committing(plan, progress) as written:
         image.commit(plan, undo=undo, progress=written)

@@ -110,6 +110,8 @@ CLUSTER_BITS_FIELD = field_offset("cluster_bits")
 """Offset of cluster_bits (4 bytes)."""
 REFCOUNT_TABLE_FIELDS = field_offset("refcount_table_offset")
 """Offset of refcount_table_offset (8 bytes) and refcount_table_clusters (4 bytes): one sector, they switch together."""
+SNAPSHOT_FIELDS = field_offset("nb_snapshots")
+"""Offset of nb_snapshots (4 bytes) and snapshots_offset (8 bytes): one sector, they switch together."""
 INCOMPATIBLE_FIELD = field_offset("incompatible_features")
 """Offset of incompatible_features (8 bytes)."""
 AUTOCLEAR_FIELD = field_offset("autoclear_features")

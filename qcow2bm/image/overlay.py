@@ -12,17 +12,23 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, NamedTuple
 
 from ..errors import TruncatedImageError
 from ..format.header import INCOMPATIBLE_FIELD, Incompatible
 from .file import ImageFile
 from .image import Qcow2Image
-from .plan import SECTOR, Plan, Stage, Write, fits_a_sector
+from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
 _PAGE = 4096
 _IN_MEMORY = 32 << 20
 """Bytes of changed pages that are held in memory; the rest goes to a temporary file."""
+
+
+class _Below(NamedTuple):
+    """A page that is a copy of one of the base."""
+
+    page: int
 
 
 class OverlayFile(ImageFile):
@@ -37,7 +43,7 @@ class OverlayFile(ImageFile):
         self.base = base
         self.slack = base.slack
         self._changed: list[int] = []
-        self._pages: dict[int, bytes | int] = {}
+        self._pages: dict[int, bytes | int | _Below] = {}
         self._spill: IO[bytes] | None = None
         self._spilled = 0
 
@@ -96,6 +102,18 @@ class OverlayFile(ImageFile):
                 self._store(page, bytes(content))
             view, offset = view[len(part) :], offset + len(part)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy a range of the file to another place; whole pages that nobody has changed are only noted, not read."""
+        self.size = max(self.size, target + length)
+        if (source | target | length) % _PAGE or next(self._pages_in(source, length), None) is not None:
+            self.write_at(target, self.read_padded(source, length))
+            return
+        for at in range(0, length, _PAGE):
+            page = (target + at) // _PAGE
+            if page not in self._pages:
+                insort(self._changed, page)
+            self._pages[page] = _Below((source + at) // _PAGE)
+
     def barrier(self) -> None:
         """Nothing to flush."""
 
@@ -105,7 +123,9 @@ class OverlayFile(ImageFile):
 
     # The plan
 
-    def plan(self, image: Qcow2Image, fresh: Collection[int], summary: tuple[str, ...]) -> Plan:
+    def plan(
+        self, image: Qcow2Image, fresh: Collection[int], summary: tuple[str, ...], kept: tuple[Kept, ...] = ()
+    ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
 
         The first cluster is written last. Until then the corrupt bit keeps QEMU from writing to an image that a crash
@@ -114,6 +134,7 @@ class OverlayFile(ImageFile):
         Args:
             image: the image as it is in the base.
             fresh: numbers of the clusters that were free and have been filled.
+            kept: ranges of the base that the undo file is to keep.
         """
         size = image.geometry.cluster_size
         header: list[Write] = []
@@ -127,6 +148,9 @@ class OverlayFile(ImageFile):
                 filled.append(Write(offset, length, new, "new clusters"))
             else:
                 rewritten.append(Write(offset, length, new, "rewritten in place", self._base_bytes(offset, length)))
+        end = max((write.end for write in (*filled, *rewritten)), default=0)
+        if max(end, self.base.size) < self.size:  # new clusters at the end that are all zeroes: the file must have them
+            filled.append(Write.fresh(self.size - 1, b"\0", "the end of the file"))
         stages = [
             Stage("fill free clusters", tuple(filled), journaled=True),
             Stage("rewrite in place", tuple(rewritten), journaled=True),
@@ -136,7 +160,7 @@ class OverlayFile(ImageFile):
         if len(stages) > 1 or (header and not fits_a_sector(header)):
             stages = _marked(image, stages)
         return Plan(
-            size, self.base.size, self.size, tuple(stages), commit_stage=max(0, len(stages) - 1), summary=summary
+            size, self.base.size, self.size, tuple(stages), commit_stage=max(0, len(stages) - 1), summary=summary, kept=kept
         )  # fmt: skip
 
     def _differing(self, cluster_size: int) -> Iterator[tuple[int, int]]:
@@ -188,6 +212,8 @@ class OverlayFile(ImageFile):
         content = self._pages[page]
         if isinstance(content, bytes):
             return content
+        if isinstance(content, _Below):
+            return self._base_page(content.page)
         assert self._spill is not None
         return os.pread(self._spill.fileno(), _PAGE, content)
 

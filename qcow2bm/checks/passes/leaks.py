@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from ...errors import CorruptImageError
 from ...format.bitmap_directory import FIXED_LENGTH, MAX_ENTRY_LENGTH, BitmapEntry, parse_entry
-from ...format.entries import BitmapTableEntry
+from ...format.entries import BitmapTableEntry, L2Entry, table_entries
 from ...format.limits import MAX_BITMAP_DIRECTORY_BYTES
 from ...format.text import decode_name
+from ...image.plan import SECTOR
 from ..census import Mismatch
 from ..clusters import mismatch
 from ..model import Finding
@@ -48,6 +49,8 @@ def leaks(view: View) -> Iterator[Finding]:
     owned = _detached(view) if not view.directory.attached else {}
     if not owned:
         owned = _lost(view)
+    if not view.blind:  # else any of them may be
+        _add_lost_tables(view, owned)
     known = sorted(owned)
     for run in view.leaks:
         for part, owner in _parts(run, owned, known):
@@ -101,6 +104,47 @@ def _lost(view: View) -> _Owned:
             owner = Owner("leak-lost-bitmap", f" (lost bitmap '{name}')", name)
             _own(view, owned, _places(view, entry), owner)
     return owned
+
+
+def _add_lost_tables(view: View, owned: _Owned) -> None:
+    """The clusters that look like an L2 table whose L1 entry is lost, and those that it refers to."""
+    leaked = _Leaked(view.leaks)
+    owner = Owner("leak-lost-table", " (they look like a lost L2 table and its data)")
+    for cluster in islice(leaked, _LOOKED_AT):
+        if cluster not in owned and (data := _lost_table(view, cluster, leaked)):
+            owned.setdefault(cluster, owner)
+            for other in data[:_OWNED]:
+                owned.setdefault(other, owner)
+
+
+def _lost_table(view: View, cluster: int, leaked: _Leaked) -> list[int]:
+    """The leaked clusters that a leaked one refers to, if it is an L2 table beyond doubt; none if it is not.
+
+    All its entries are sound, what they refer to is counted and most of it leaked, and one has a flag that no other
+    table has.
+    """
+    start, size = view.geometry.offset_of(cluster), view.geometry.cluster_size
+    found: list[int] = []
+    foreign, is_mapping = 0, False
+    for at in range(0, size, SECTOR):
+        if view.file.is_hole(start + at, size - at):
+            break
+        values = table_entries(view.file.read_padded(start + at, SECTOR))
+        for index in range(0, len(values), view.geometry.l2_entry_words):
+            if not values[index]:
+                continue
+            entry = L2Entry(values[index], values[index + 1] if view.geometry.extended_l2 else 0)
+            place = entry.host_range(view.geometry)
+            if next(entry.faults(view.geometry, version=view.header.version), None) is not None:
+                return []
+            if place is None or not view.stored.get(other := view.geometry.cluster_of(place[0])):
+                return []
+            if other in leaked:
+                found.append(other)
+            else:
+                foreign += 1
+            is_mapping = is_mapping or entry.copied or entry.is_compressed
+    return found if is_mapping and len(found) > foreign else []
 
 
 class _Leaked:

@@ -1,0 +1,242 @@
+"""`qcow2bm repair`: work out what mends an image, show it, and carry it out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..checks.model import RepairClass, Report
+from ..errors import OutdatedPlanError, UsageError
+from ..repair.model import Policy, Salvage, Scope, Step
+from ..repair.session import Repair, default_undo, repairing
+from .committing import committing
+from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption
+from .output import Output, print_json, warn
+from .progress import ProgressBar
+from .repair_output import print_plan, print_result, repair_json, step_lines
+from .saved_plan import load_plan, save_plan
+from .terminal import printable
+
+
+class Allow(StrEnum):
+    """Classes of steps, from harmless to risky."""
+
+    LOSSLESS = "lossless"
+    LOSSY = "lossy"
+    GUESS = "guess"
+
+
+AllowOption = Annotated[
+    Allow, typer.Option("--allow", help="The riskiest class of steps to take; guess includes lossy.")
+]
+OnlyOption = Annotated[
+    list[Scope] | None,
+    typer.Option("--only", help="Mend this part only; may be given more than once.", show_default="everything"),
+]
+InUseOption = Annotated[
+    Salvage, typer.Option("--in-use", help="What becomes of bitmaps whose last writer died.", metavar="POLICY")
+]
+DetachedOption = Annotated[
+    Salvage,
+    typer.Option("--detached", help="What becomes of bitmaps that a foreign writer has made void.", metavar="POLICY"),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option("--against", metavar="BASE", help="For rebuild: an older copy of the disk.", show_default=False),
+]
+SnapshotOption = Annotated[
+    str | None,
+    typer.Option("--snapshot", metavar="ID", help="For snapshot: id or name of a snapshot.", show_default=False),
+]
+LayerOption = Annotated[
+    bool,
+    typer.Option(
+        "--layer-is-newer", help="For allocated: your word that the image is no older than the bitmap.",
+        show_default=False,
+    ),
+]  # fmt: skip
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)]
+InteractiveOption = Annotated[
+    bool, typer.Option("--interactive", "-i", help="Ask about every step.", show_default=False)
+]
+UndoFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--undo", metavar="FILE", help="Keep what is replaced in this new file.", show_default="IMAGE.qcow2bm-undo"
+    ),
+]
+NoUndoOption = Annotated[bool, typer.Option("--no-undo", help="Keep nothing.", show_default=False)]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="Save the plan in a new file; write nothing.", show_default=False),
+]
+ApplyOption = Annotated[
+    Path | None,
+    typer.Option("--apply", metavar="FILE", help="Carry out a plan that --plan saved.", show_default=False),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a repair is run; what it may do is its policy.
+
+    Attributes:
+        declined: titles of steps that are not to be taken.
+    """
+
+    dry_run: bool = False
+    assume_yes: bool = False
+    interactive: bool = False
+    undo: Path | None = None
+    save: Path | None = None
+    expected: str | None = None
+    declined: frozenset[str] = frozenset()
+    use_locks: bool = True
+    output: Output = Output.HUMAN
+    progress: bool | None = None
+
+
+def repair(
+    image: ImageArgument,
+    *,
+    allow: AllowOption = Allow.LOSSLESS,
+    only: OnlyOption = None,
+    in_use: InUseOption = Salvage.KEEP,
+    detached: DetachedOption = Salvage.KEEP,
+    against: AgainstOption = None,
+    snapshot: SnapshotOption = None,
+    layer_is_newer: LayerOption = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    interactive: InteractiveOption = False,
+    undo: UndoFileOption = None,
+    no_undo: NoUndoOption = False,
+    plan: SaveOption = None,
+    apply: ApplyOption = None,
+    no_lock: NoLockOption = False,
+    output: OutputOption = Output.HUMAN,
+    progress: ProgressOption = None,
+) -> int:
+    """Repair an image and its bitmaps: plan first, then all of it or nothing, with an undo file.
+
+    Every step is lossless, lossy (something the image refers to is given up) or a guess; only lossless ones are taken
+    unless --allow says otherwise. The result is judged before anything is written, and the image is checked again
+    afterwards: that is the exit status.
+
+    Policies for --in-use and --detached: keep, remove, all-dirty, allocated, rebuild, snapshot.
+    """
+    policy = Policy(
+        RepairClass(allow.value), frozenset(only or ()), in_use, detached, against, snapshot,
+        layer_is_newer=layer_is_newer, keeps_undo=not no_undo,
+    )  # fmt: skip
+    manner = Manner(
+        dry_run or plan is not None, yes, interactive, undo, plan, None, frozenset(), not no_lock, output, progress
+    )
+    if apply is not None:
+        if policy != Policy(keeps_undo=not no_undo) or interactive or dry_run or plan is not None:
+            raise UsageError("--apply carries out a plan as it was saved", hint="leave the options that make a plan")
+        policy, expected, declined = load_plan(apply, keeps_undo=not no_undo)
+        manner = replace(manner, expected=expected, declined=declined)
+    _require_sense(policy, manner)
+    document, report = run(image, policy, manner)
+    if output is Output.JSON:
+        print_json({"command": "repair", **document})
+    return report.exit_status
+
+
+def _require_sense(policy: Policy, manner: Manner) -> None:
+    """Refuse options that contradict each other, before anything is opened.
+
+    Raises:
+        UsageError: they do.
+    """
+    salvages = (policy.in_use, policy.detached)
+    if manner.undo is not None and not policy.keeps_undo:
+        raise UsageError("--undo and --no-undo contradict each other")
+    if manner.interactive and (manner.assume_yes or manner.output is Output.JSON):
+        raise UsageError("--interactive asks, --yes and --output json do not", hint="choose one of them")
+    for option, value, wanted in (
+        ("--against", policy.against, Salvage.REBUILD),
+        ("--snapshot", policy.snapshot, Salvage.SNAPSHOT),
+    ):
+        if (value is not None) != (wanted in salvages):
+            raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
+    if policy.layer_is_newer and Salvage.ALLOCATED not in salvages:
+        raise UsageError("--layer-is-newer goes with the policy allocated")
+    if salvages != (Salvage.KEEP, Salvage.KEEP) and not policy.covers(Scope.BITMAPS):
+        raise UsageError("--only leaves the bitmaps out, --in-use or --detached is about them")
+    if Salvage.REMOVE in salvages and not policy.allows(RepairClass.LOSSY):
+        raise UsageError("removing bitmaps is lossy", hint="say --allow lossy too")
+    if not manner.interactive and not manner.dry_run and not manner.assume_yes and not _is_terminal():
+        raise UsageError("nobody can be asked here", hint="look at the plan with --dry-run, then repeat with --yes")
+    if manner.interactive and not _is_terminal():
+        raise UsageError("--interactive needs a terminal")
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def run(image: Path, policy: Policy, manner: Manner) -> tuple[dict[str, object], Report]:
+    """Repair one image; what happened as a JSON object, and what a check finds afterwards.
+
+    Raises:
+        UsageError: nobody can be asked.
+        Qcow2bmError: the repair cannot be worked out or carried out; the image is as before.
+    """
+    asked: list[str] = []
+
+    def ask(step: Step) -> bool:
+        taken = step.title not in manner.declined and (not manner.interactive or _agrees(step_lines(step), "Do this?"))
+        if not taken:
+            asked.append(step.title)
+        return taken
+
+    with (
+        ProgressBar(wanted=manner.progress) as bar,
+        repairing(
+            image, policy, writable=not manner.dry_run, use_locks=manner.use_locks, ask=ask, progress=bar
+        ) as session,
+    ):
+        if session.rolled_back:
+            warn("an earlier change was cut short by a crash; it was rolled back first", image)
+        if manner.expected is not None and session.fingerprint != manner.expected:
+            raise OutdatedPlanError("the image has changed since the plan was made", hint="make a new plan")
+        if manner.save is not None:
+            save_plan(manner.save, session, policy, frozenset(asked), image)
+        return _finish(session, image, policy, manner)
+
+
+def _finish(session: Repair, image: Path, policy: Policy, manner: Manner) -> tuple[dict[str, object], Report]:
+    """Show the plan, ask, carry it out, and say what came of it."""
+    human = manner.output is Output.HUMAN
+    if human:
+        print_plan(image, session.plan)
+    if manner.dry_run or not session.plan.plan:
+        if human and session.plan.plan:
+            print("dry run: nothing was written")
+        return repair_json(image, session, changed=False, undo=None), session.plan.after
+    if not (manner.assume_yes or manner.interactive or _agrees((), f"Repair {printable(image)}?")):
+        print("nothing was written")
+        return repair_json(image, session, changed=False, undo=None), session.plan.before
+    undo = None
+    if policy.keeps_undo:
+        undo = manner.undo if manner.undo is not None else default_undo(image)
+    with committing(session.plan.plan, None) as written:
+        report = session.commit(undo=undo, progress=written)
+    if human:
+        print_result(report, undo, image)
+    return repair_json(image, session, changed=True, undo=undo, report=report), report
+
+
+def _agrees(lines: tuple[str, ...], question: str) -> bool:
+    """Ask on the terminal; anything but yes is no."""
+    for line in lines:
+        print(line, file=sys.stderr)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

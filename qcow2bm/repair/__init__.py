@@ -1,0 +1,1 @@
+"""Repairs: worked out on an overlay, judged there, and written as one plan."""

@@ -1,0 +1,232 @@
+"""Refcounts: damaged refcount structures are dropped, missing blocks made, and every count set to what is referred to.
+
+A block or a table that breaks the format says nothing that the references do not say better. Its entry is cleared,
+and where clusters then have no count a new block is put into a free cluster. Sound blocks stay where they are.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+from ..checks.model import Finding, RepairClass
+from ..errors import NoSpaceError
+from ..format.entries import refcount_block_offset, set_refcount, table_bytes, table_entries
+from ..format.geometry import Geometry, div_up
+from ..format.header import REFCOUNT_TABLE_FIELDS
+from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
+from ..image.plan import SECTOR
+from .model import Proposal, Scope, Step
+from .workshop import Workshop, runs
+
+_BAD_TABLE = ("refcount-table-missing", "refcount-table-size", "refcount-table-offset", "refcount-table-outside")
+_BAD_BLOCK = ("refcount-block-reserved", "refcount-block-unaligned", "refcount-block-outside", "refcount-block-shared")
+_LEAKS = {
+    "leak": (RepairClass.LOSSLESS, "give leaked clusters back"),
+    "leak-lost-bitmap": (RepairClass.LOSSY, "give the clusters of lost bitmaps back"),
+    "leak-lost-table": (RepairClass.GUESS, "give clusters back that look like a lost L2 table and its data"),
+    "leak-unproven": (RepairClass.GUESS, "give clusters back that damage may have cut off"),
+}
+
+
+def structures(shop: Workshop) -> Iterator[Proposal]:
+    """Drop refcount blocks and tables that break the format, and a table that something else uses too."""
+    table, blocks = shop.found(*_BAD_TABLE), shop.found(*_BAD_BLOCK)
+    codes: Counter[str] = Counter()
+    for finding in (*table, *blocks, *shop.found("refcount-unreadable")):
+        codes[finding.code] += finding.count
+    if table or not _owns_table(shop):
+        step = Step("start a new refcount table", RepairClass.LOSSLESS, Scope.REFCOUNTS, codes)
+        yield step, partial(_Table(shop).replace, 0)
+    elif blocks:
+        title = f"drop {len(blocks)} damaged refcount blocks: the references say what they counted"
+        yield Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, codes), partial(_drop_blocks, shop, blocks)
+
+
+def _owns_table(shop: Workshop) -> bool:
+    header, size = shop.view.header, shop.view.geometry.cluster_size
+    return all(
+        shop.owns(header.refcount_table_offset + index * size) for index in range(header.refcount_table_clusters)
+    )
+
+
+def _drop_blocks(shop: Workshop, found: list[Finding]) -> None:
+    start = shop.image.header.refcount_table_offset
+    for index in sorted({finding.values["index"] for finding in found}):
+        shop.write(start + 8 * index, bytes(8), f"refcount table: entry {index}")
+        shop.uncounted.add(index)
+
+
+def raised(shop: Workshop) -> Iterator[Proposal]:
+    """Raise the counts that are too low."""
+    own, foreign = _told_apart(shop.found("refcount-too-low"), shop.taken)
+    if own:
+        step = Step("count the clusters that were filled", RepairClass.LOSSLESS, None)
+        yield step, partial(_set, shop, own)
+    if foreign:
+        count = sum(run.clusters for run in foreign)
+        title = f"raise the refcounts of {count} clusters to their references"
+        step = Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, {"refcount-too-low": count})
+        yield step, partial(_set, shop, [*foreign, *_held(shop)])
+
+
+def _held(shop: Workshop) -> Iterator[_Run]:
+    """Clusters that lost their count, have no reference and hold something.
+
+    While part of the image cannot be followed they may be what it refers to: they stay counted.
+    """
+    if not shop.blind:
+        return
+    geometry, per_block = shop.seen.geometry, shop.seen.geometry.refcounts_per_block
+    for index in sorted(shop.uncounted):
+        for cluster in range(index * per_block, min((index + 1) * per_block, geometry.clusters(shop.file.base.size))):
+            hole = shop.file.is_hole(geometry.offset_of(cluster), geometry.cluster_size)
+            if not hole and cluster not in shop.taken and not shop.seen.census.references(cluster):
+                yield _Run(cluster, 1, 1)
+
+
+def lowered(shop: Workshop) -> Iterator[Proposal]:
+    """Lower the counts that are too high: leaks."""
+    for code in _LEAKS:
+        # What could not be followed may have been given up meanwhile, and is no better known for that.
+        kind, title = _LEAKS["leak-unproven" if code == "leak" and shop.blind else code]
+        found = shop.found(code)
+        own, foreign = _told_apart([run for run in found if run.values["refcount"] == 1], shop.given_up)
+        foreign += _told_apart([run for run in found if run.values["refcount"] != 1], set())[1]
+        if own:
+            step = Step("give back the clusters of what was taken out", RepairClass.LOSSLESS, None, {})
+            yield step, partial(_set, shop, own)
+        if foreign:
+            count = sum(run.clusters for run in foreign)
+            yield Step(f"{title} ({count})", kind, Scope.LEAKS, {code: count}), partial(_set, shop, foreign)
+
+
+class _Run(NamedTuple):
+    """`clusters` clusters from `first` on that shall have the refcount `target`."""
+
+    first: int
+    clusters: int
+    target: int
+
+
+def _told_apart(found: list[Finding], chosen: set[int]) -> tuple[list[_Run], list[_Run]]:
+    """The clusters of findings about refcounts: those among the chosen, and the others."""
+    inside: list[_Run] = []
+    outside: list[_Run] = []
+    for finding in found:
+        first, target = finding.values["first"], finding.values["references"]
+        clusters = range(first, first + finding.count)
+        few = sorted(cluster for cluster in chosen if cluster in clusters) if len(chosen) < finding.count else None
+        mine = [cluster for cluster in clusters if cluster in chosen] if few is None else few
+        inside += [_Run(start, count, target) for start, count in runs(mine)]
+        at = first
+        for start, count in (*runs(mine), (first + finding.count, 0)):
+            if start > at:
+                outside.append(_Run(at, start - at, target))
+            at = start + count
+    return inside, outside
+
+
+def _set(shop: Workshop, wanted: list[_Run]) -> None:
+    """Set refcounts, with new blocks where there are none, and a larger table if they need one."""
+    table = _Table(shop)
+    pending = deque(wanted)
+    pieces: dict[int, list[_Run]] = defaultdict(list)
+    while pending:
+        for index, piece in _by_block(pending.popleft(), shop.seen.geometry):
+            pieces[index].append(piece)
+            if piece.target and not table.block(index):
+                pending += table.add_block(index)
+    for index, block_runs in sorted(pieces.items()):
+        if table.block(index):
+            _write_block(shop, table.block(index), index, block_runs)
+
+
+def _by_block(run: _Run, geometry: Geometry) -> Iterator[tuple[int, _Run]]:
+    per_block = geometry.refcounts_per_block
+    at, stop = run.first, run.first + run.clusters
+    while at < stop:
+        index = at // per_block
+        end = min(stop, (index + 1) * per_block)
+        yield index, _Run(at, end - at, run.target)
+        at = end
+
+
+def _write_block(shop: Workshop, offset: int, index: int, wanted: list[_Run]) -> None:
+    geometry = shop.seen.geometry
+    order, per_block = geometry.refcount_order, geometry.refcounts_per_block
+    old = shop.file.read_padded(offset, geometry.cluster_size)
+    new = bytearray(old)
+    for run in wanted:
+        begin = run.first % per_block
+        if order >= 3:
+            width = 1 << order - 3
+            new[begin * width : (begin + run.clusters) * width] = run.target.to_bytes(width, "big") * run.clusters
+        else:
+            for within in range(begin, begin + run.clusters):
+                set_refcount(new, within, order, run.target)
+    differing = [at for at in range(0, len(old), SECTOR) if old[at : at + SECTOR] != new[at : at + SECTOR]]
+    for first, sectors in runs(at // SECTOR for at in differing):
+        start, stop = first * SECTOR, (first + sectors) * SECTOR
+        shop.write(offset + start, bytes(new[start:stop]), f"refcount block {index}")
+
+
+class _Table:
+    """The refcount table as it is now."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self._shop = shop
+        self._geometry = shop.seen.geometry
+        self._entries: list[int] | None = None
+        self._offset = 0
+
+    @property
+    def _loaded(self) -> list[int]:
+        if self._entries is None:
+            header = self._shop.image.header
+            self._offset = header.refcount_table_offset
+            length = header.refcount_table_clusters * self._geometry.cluster_size
+            self._entries = list(table_entries(self._shop.file.read_padded(self._offset, length)))
+        return self._entries
+
+    def block(self, index: int) -> int:
+        """Host offset of a refcount block, 0 if there is none."""
+        return refcount_block_offset(self._loaded[index]) if index < len(self._loaded) else 0
+
+    def add_block(self, index: int) -> list[_Run]:
+        """Make a block; what has to be counted for it.
+
+        Raises:
+            NoSpaceError: no room for it, or the table would grow above QEMU's limit.
+        """
+        counted: list[_Run] = []
+        if index >= len(self._loaded):
+            counted += self.replace(index + 1)
+        place = self._shop.put(bytes(self._geometry.cluster_size), f"new refcount block {index}")
+        self._shop.write(self._offset + 8 * index, place.to_bytes(8, "big"), f"refcount table: entry {index}")
+        self._loaded[index] = place
+        counted.append(_Run(self._geometry.cluster_of(place), 1, 1))
+        return counted
+
+    def replace(self, entries: int) -> list[_Run]:
+        """Start a new table, with the old one's entries if it has room for more than none; what has to be counted."""
+        old = self._loaded if entries else []
+        used = self._geometry.clusters(self._shop.file.size)
+        # Half as much again, for the clusters that the table and its blocks take themselves, and for later.
+        length = 8 * max(entries + entries // 2, div_up(used, self._geometry.refcounts_per_block) + 2)
+        if length > MAX_REFCOUNT_TABLE_BYTES:
+            raise NoSpaceError("the refcount table would grow above 8 MiB", hint="convert the image to larger clusters")
+        clusters = self._geometry.clusters(length)
+        self._entries = [*old, *[0] * (clusters * self._geometry.cluster_size // 8 - len(old))]
+        if not old:
+            self._shop.uncounted.update(range(div_up(used, self._geometry.refcounts_per_block)))
+        else:
+            first = self._geometry.cluster_of(self._offset)
+            self._shop.given_up.update(range(first, first + len(old) * 8 // self._geometry.cluster_size))
+        self._offset = self._shop.put(table_bytes(array("Q", self._entries)), "new refcount table")
+        fields = self._offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
+        self._shop.write(REFCOUNT_TABLE_FIELDS, fields, "header: the refcount table")
+        return [_Run(self._geometry.cluster_of(self._offset), clusters, 1)]

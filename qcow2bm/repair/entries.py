@@ -1,0 +1,155 @@
+"""Entries of L1 and L2 tables that break the format: what each becomes.
+
+Only what the guest cannot read today is given up, and only if the user allows it: such a cluster becomes zeroes, which
+is what QEMU reads past the end of the file, or unallocated where the format knows no zero clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from ..checks.model import Finding, RepairClass
+from ..checks.view import View
+from ..format.entries import COPIED, L1_RESERVED, L2_RESERVED, ZERO, L2Entry, l1_offset
+from ..format.geometry import SUBCLUSTERS, Geometry
+from .model import GuestRange, Proposal, Scope, Step
+from .workshop import Workshop
+
+_LOW = (1 << SUBCLUSTERS) - 1
+
+
+def _given_up(geometry: Geometry, version: int, _: L2Entry) -> L2Entry:
+    if geometry.extended_l2:
+        return L2Entry(0, _LOW << SUBCLUSTERS)
+    return L2Entry(ZERO if version >= 3 else 0)
+
+
+def _without_allocation(_: Geometry, __: int, entry: L2Entry) -> L2Entry:
+    return L2Entry(entry.value, entry.bitmap & ~_LOW)
+
+
+def _data_wins(_: Geometry, __: int, entry: L2Entry) -> L2Entry:
+    return L2Entry(entry.value, entry.bitmap & ~((entry.bitmap & _LOW) << SUBCLUSTERS))
+
+
+_Mend = Callable[[Geometry, int, L2Entry], L2Entry]
+
+_L2: dict[str, tuple[RepairClass, str, _Mend]] = {
+    "zero-unaligned": (RepairClass.LOSSLESS, "make preallocated zero clusters plain zero clusters", _given_up),
+    "compressed-copied": (
+        RepairClass.LOSSLESS,
+        "clear the copied flag of compressed clusters",
+        lambda _, __, entry: L2Entry(entry.value & ~COPIED, entry.bitmap),
+    ),
+    "data-unaligned": (RepairClass.LOSSY, "give up clusters that are not aligned", _given_up),
+    "data-outside": (RepairClass.LOSSY, "give up clusters that lie outside the file", _given_up),
+    "compressed-outside": (RepairClass.LOSSY, "give up compressed clusters that lie outside the file", _given_up),
+    "compressed-data-file": (RepairClass.LOSSY, "give up compressed clusters beside a data file", _given_up),
+    "subclusters-unallocated": (
+        RepairClass.LOSSY, "take back the allocation of subclusters without a cluster", _without_allocation,
+    ),
+    "subclusters-contradict": (
+        RepairClass.GUESS, "take subclusters that are data and zero for data", _data_wins,
+    ),
+    "compressed-subclusters": (
+        RepairClass.GUESS,
+        "clear the subcluster bitmap of compressed clusters",
+        lambda _, __, entry: L2Entry(entry.value),
+    ),
+    "zero-flag-reserved": (
+        RepairClass.GUESS, "clear zero flags", lambda _, __, entry: L2Entry(entry.value & ~ZERO, entry.bitmap)
+    ),
+    "l2-entry-reserved": (
+        RepairClass.GUESS,
+        "clear reserved bits of L2 entries",
+        lambda _, __, entry: L2Entry(entry.value & ~L2_RESERVED, entry.bitmap),
+    ),
+}  # fmt: skip
+"""Code to class, title, and what an entry becomes. Guesses that keep data come last: they may show further faults."""
+
+_L1: dict[str, tuple[RepairClass, str, Callable[[int], int]]] = {
+    "l1-entry-reserved": (RepairClass.GUESS, "clear reserved bits of L1 entries", lambda entry: entry & ~L1_RESERVED),
+    "l2-unaligned": (RepairClass.LOSSY, "give up L2 tables that are not aligned", lambda _: 0),
+    "l2-outside": (RepairClass.LOSSY, "give up L2 tables that lie outside the file", lambda _: 0),
+}
+_GARBAGE_FREE = frozenset({"zero-unaligned", "compressed-copied"})
+"""Problems that leave what the guest reads alone."""
+
+
+def entries(shop: Workshop) -> Iterator[Proposal]:
+    """A step for each kind of fault, first in L1 tables, then in L2 tables."""
+    for code, (kind, title, mend) in _L1.items():
+        if found := shop.found(code):
+            yield _step(code, kind, title, found), partial(_mend_l1, shop, found, mend)
+    for code, (kind, title, mend_entry) in _L2.items():
+        if found := shop.found(code):
+            yield _step(code, kind, title, found), partial(_mend_l2, shop, code, found, mend_entry)
+
+
+def _step(code: str, kind: RepairClass, title: str, found: list[Finding]) -> Step:
+    guest = () if code in _GARBAGE_FREE else tuple(_joined(found))
+    return Step(title, kind, Scope.MAPPINGS, {code: sum(finding.count for finding in found)}, guest)
+
+
+def _joined(found: list[Finding]) -> Iterator[GuestRange]:
+    """The guest ranges of findings, neighbours as one; those of snapshots are not the guest's disk."""
+    places = sorted(
+        {
+            (where.guest_offset, where.guest_length)
+            for where in (finding.location for finding in found)
+            if where.snapshot is None and where.guest_offset is not None and where.guest_length is not None
+        }
+    )
+    start = end = -1
+    for offset, length in places:
+        if offset != end:
+            if end > start:
+                yield start, end - start
+            start = offset
+        end = offset + length
+    if end > start:
+        yield start, end - start
+
+
+def _mend_l1(shop: Workshop, found: list[Finding], mend: Callable[[int], int]) -> None:
+    for finding in found:
+        place = finding.location.host_offset
+        assert place is not None, "findings about entries say where they are"
+        entry = int.from_bytes(shop.file.read_padded(place, 8), "big")
+        bad = entry & L1_RESERVED if finding.code == "l1-entry-reserved" else _is_bad_table(shop.seen, entry)
+        if bad and shop.owns(place):
+            shop.write(place, mend(entry).to_bytes(8, "big"), f"L1 entry {finding.location.index}")
+
+
+def _mend_l2(shop: Workshop, code: str, found: list[Finding], mend: _Mend) -> None:
+    view = shop.seen
+    geometry, version = view.geometry, view.header.version
+    for finding in found:
+        place = finding.location.host_offset
+        assert place is not None, "findings about entries say where they are"
+        raw = shop.file.read_padded(place, geometry.l2_entry_size)
+        entry = L2Entry(int.from_bytes(raw[:8], "big"), int.from_bytes(raw[8:], "big"))
+        # One entry may have several faults, and may have been mended for another of them.
+        if _has_fault(view, code, entry) and shop.owns(place):
+            new = mend(geometry, version, entry)
+            words = (new.value, new.bitmap)[: geometry.l2_entry_words]
+            data = b"".join(word.to_bytes(8, "big") for word in words)
+            shop.write(place, data, f"L2 entry {finding.location.index}")
+
+
+def _is_bad_table(view: View, entry: int) -> bool:
+    offset = l1_offset(entry)
+    size = view.geometry.cluster_size
+    return not view.geometry.is_aligned(offset) or view.census.reaches_outside(offset, size)
+
+
+def _has_fault(view: View, code: str, entry: L2Entry) -> bool:
+    """True if the entry still has this fault."""
+    data_file = view.header.has_data_file
+    faults = entry.faults(view.geometry, version=view.header.version, data_file=data_file)
+    if any(fault.code == code for fault in faults):
+        return True
+    reach = entry.host_range(view.geometry, data_file=data_file)
+    outside = "compressed-outside" if entry.is_compressed else "data-outside"
+    return code == outside and reach is not None and view.census.reaches_outside(*reach)

@@ -1,0 +1,52 @@
+"""The copied flags of the active disk, and the marks in the header that say an image is dirty or corrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from ..checks.model import RepairClass, Severity
+from ..checks.problems import PROBLEMS
+from ..format.entries import COPIED
+from ..format.header import INCOMPATIBLE_FIELD, Incompatible
+from .model import Proposal, Scope, Step
+from .workshop import Workshop
+
+
+def copied(shop: Workshop) -> Iterator[Proposal]:
+    """Set the flags where, and only where, the refcount is one."""
+    found = shop.found("copied-l1", "copied-l2")
+    if not found:
+        return
+    codes = {code: sum(f.count for f in shop.found(code)) for code in ("copied-l1", "copied-l2") if shop.found(code)}
+    title = f"correct {len(found)} copied flags"
+    yield Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, codes), partial(_correct, shop)
+
+
+def _correct(shop: Workshop) -> None:
+    for finding in shop.found("copied-l1", "copied-l2"):
+        place, entry = finding.location.host_offset, finding.values["entry"]
+        assert place is not None, "findings about entries say where they are"
+        new = entry | COPIED if finding.values["refcount"] == 1 else entry & ~COPIED
+        if shop.owns(place):
+            shop.write(place, new.to_bytes(8, "big"), f"{finding.location.structure}: entry {finding.location.index}")
+
+
+def marks(shop: Workshop) -> Iterator[Proposal]:
+    """Clear the dirty bit once the refcounts are right, and the corrupt bit once nothing is corrupt any more."""
+    left = {code for code in shop.look() if PROBLEMS[code].severity in (Severity.CORRUPTION, Severity.UNKNOWN)}
+    left -= {"marked-corrupt"}
+    for code, bit, text in (
+        ("marked-dirty", Incompatible.DIRTY, "clear the dirty bit: the refcounts are right"),
+        ("marked-corrupt", Incompatible.CORRUPT, "clear the corrupt bit: nothing is corrupt any more"),
+    ):
+        if shop.found(code):
+            step = Step(text, RepairClass.LOSSLESS, Scope.REFCOUNTS, {code: 1})
+            if left:
+                step.refused = f"other damage is left ({', '.join(sorted(left)[:3])})"
+            yield step, partial(_clear, shop, bit)
+
+
+def _clear(shop: Workshop, bit: Incompatible) -> None:
+    features = int(shop.image.header.incompatible_features) & ~int(bit)
+    shop.write(INCOMPATIBLE_FIELD, features.to_bytes(8, "big"), "header: incompatible features")

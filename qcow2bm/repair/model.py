@@ -1,0 +1,133 @@
+"""What a repair is, as values: what the user allows, the steps, and the plan they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from ..checks.model import RepairClass, Report
+from ..image.plan import Plan
+
+GuestRange = tuple[int, int]
+"""Offset and length of a part of the guest's disk, in bytes."""
+
+
+class Scope(Enum):
+    """The part of an image that a step mends; `--only` names them."""
+
+    HEADER = "header"
+    SNAPSHOTS = "snapshots"
+    MAPPINGS = "mappings"
+    REFCOUNTS = "refcounts"
+    LEAKS = "leaks"
+    BITMAPS = "bitmaps"
+
+
+class Salvage(Enum):
+    """What to do with a bitmap that is in use, or detached."""
+
+    KEEP = "keep"
+    REMOVE = "remove"
+    ALL_DIRTY = "all-dirty"
+    ALLOCATED = "allocated"
+    REBUILD = "rebuild"
+    SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a repair may do.
+
+    Attributes:
+        allow: the riskiest class of steps that are taken.
+        only: the parts that are mended; empty for all.
+        in_use: what becomes of bitmaps whose last writer died.
+        detached: what becomes of bitmaps that a foreign writer has made void.
+        against: the older copy of the disk that `Salvage.REBUILD` compares with.
+        snapshot: id or name of the internal snapshot that `Salvage.SNAPSHOT` compares with.
+        layer_is_newer: the user's word that the image was made after the bitmap began, for `Salvage.ALLOCATED`.
+        keeps_undo: an undo file is written, so that nothing that is taken out of the image is lost.
+    """
+
+    allow: RepairClass = RepairClass.LOSSLESS
+    only: frozenset[Scope] = frozenset()
+    in_use: Salvage = Salvage.KEEP
+    detached: Salvage = Salvage.KEEP
+    against: Path | None = None
+    snapshot: str | None = None
+    layer_is_newer: bool = False
+    keeps_undo: bool = True
+
+    def covers(self, scope: Scope | None) -> bool:
+        """True if steps of this part are wanted."""
+        return scope is None or not self.only or scope in self.only
+
+    def allows(self, kind: RepairClass) -> bool:
+        """True if steps of this class are taken."""
+        return _RISKS.index(kind) <= _RISKS.index(self.allow)
+
+
+_RISKS = (RepairClass.LOSSLESS, RepairClass.LOSSY, RepairClass.GUESS)
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Bytes that a step changes. `old` and `new` are equally long; of bulk data only the first bytes are kept."""
+
+    offset: int
+    length: int
+    old: bytes
+    new: bytes
+    purpose: str
+
+
+@dataclass(slots=True)
+class Step:
+    """One thing that a repair does, or would do if it were allowed.
+
+    Attributes:
+        title: what is done, in a line.
+        kind: what it can cost.
+        scope: the part it mends; None for what other steps make necessary.
+        codes: the problems it mends, each with how often.
+        guest: ranges of the guest's disk whose content is given up or guessed; none for a lossless step.
+        edits: what it writes, once it has been taken; the first of them, `edits_left_out` more were made.
+        proof: of a salvaged bitmap, how sure its bits are.
+        refused: why it is not taken; None if it is.
+    """
+
+    title: str
+    kind: RepairClass
+    scope: Scope | None
+    codes: Mapping[str, int] = field(default_factory=dict)
+    guest: tuple[GuestRange, ...] = ()
+    bitmap: str | None = None
+    proof: str | None = None
+    refused: str | None = None
+    edits: list[Edit] = field(default_factory=list)
+    edits_left_out: int = 0
+
+
+Proposal = tuple[Step, Callable[[], object]]
+"""A step, and how to take it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPlan:
+    """A repair worked out to the end, before anything is written.
+
+    Attributes:
+        before: what was found.
+        after: what a check finds once the steps are done; judged on the repaired image, which does not exist yet.
+        steps: what is done, in order.
+        refused: what is not, each with the reason.
+        plan: the writes, as one change.
+    """
+
+    before: Report
+    after: Report
+    steps: tuple[Step, ...]
+    refused: tuple[Step, ...]
+    plan: Plan

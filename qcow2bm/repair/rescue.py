@@ -1,0 +1,261 @@
+"""Boot rescue: bitmaps that break the format are taken out of the directory, and QEMU opens the image again.
+
+Every other bitmap keeps its entry byte for byte, and its table and data where they are. What is taken out is
+quarantined: the undo file keeps directory entry, table and data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ..bitmap import header_area
+from ..bitmap.store import StoredBitmap
+from ..checks.model import Finding, RepairClass
+from ..errors import CorruptImageError
+from ..format.bitmap_directory import BitmapEntry
+from ..format.extensions import BITMAPS_LENGTH, HEAD_LENGTH, BitmapsExtension, ExtensionArea, ExtensionType
+from ..format.geometry import round_up
+from ..format.header import AUTOCLEAR_FIELD, KNOWN_AUTOCLEAR, Autoclear
+from ..format.limits import MAX_BITMAP_NAME
+from ..format.text import decode_name
+from ..image.header_draft import HeaderDraft
+from ..image.plan import Kept
+from .listing import Listing, list_entries
+from .model import Proposal, Scope, Step
+from .workshop import Workshop
+
+
+def keep(*_: object) -> tuple[Kept, ...]:
+    return ()
+
+
+_DIRECTORY = (
+    "bitmaps-count",
+    "bitmap-directory-size",
+    "bitmap-directory-offset",
+    "bitmap-directory-outside",
+    "bitmap-directory-entries",
+)
+_OF_ONE = (
+    *("bitmap-table-offset", "bitmap-table-size", "bitmap-flags", "bitmap-type", "bitmap-name", "bitmap-granularity"),
+    *("bitmap-extra-data", "bitmap-extra-data-compatible", "bitmap-table-outside", "bitmap-tables-excessive"),
+    *("bitmap-entry-reserved", "bitmap-entry-all-ones", "bitmap-entry-unaligned", "bitmap-data-outside"),
+    "bitmap-clusters-shared",
+)
+_NAMES = ("bitmap-name-duplicate", "bitmap-name")
+
+
+def rescue(shop: Workshop) -> Iterator[Proposal]:
+    """The extension first, then the directory with the bitmaps in it, then what is against the letter only."""
+    yield from _extension(shop)
+    if not shop.view.directory.attached:
+        return  # the bitmaps are void; what becomes of them is for the user to say
+    yield from _directory(shop)
+    if found := shop.found("bitmap-padding"):
+        yield _step("clear the padding of bitmap directory entries", found), partial(_clear_padding, shop)
+    if found := shop.found("bitmap-tail-bits"):
+        yield _step("clear bits past the end of the disk", found), partial(_clear_tails, shop, found)
+
+
+def _step(title: str, found: list[Finding], kind: RepairClass = RepairClass.LOSSLESS) -> Step:
+    codes: Counter[str] = Counter()
+    for finding in found:
+        codes[finding.code] += finding.count
+    return Step(title, kind, Scope.BITMAPS, codes)
+
+
+def _extension(shop: Workshop) -> Iterator[Proposal]:
+    if found := shop.found("bitmaps-extension-missing"):
+        title = "clear the autoclear bit for bitmaps: there are none"
+        yield _step(title, found), partial(_clear_autoclear, shop)
+    if found := shop.found("bitmaps-extension-reserved"):
+        yield _step("clear the reserved field of the bitmaps extension", found), partial(_clear_reserved, shop)
+    if found := shop.found("bitmaps-extension-length"):
+        if _would_fit(shop):
+            yield _step("correct the length of the bitmaps extension", found), partial(_correct_length, shop)
+        else:
+            yield _dropping(shop, found), partial(_drop_extension, shop)
+
+
+def _dropping(shop: Workshop, found: list[Finding]) -> Step:
+    title = "drop the bitmaps extension: no bitmap can be found by it"
+    return _step(title, found, _quarantine_class(shop))
+
+
+def _quarantine_class(shop: Workshop) -> RepairClass:
+    return RepairClass.LOSSLESS if shop.policy.keeps_undo else RepairClass.LOSSY
+
+
+def _clear_autoclear(shop: Workshop) -> None:
+    features = int(shop.image.header.autoclear_features) & ~int(Autoclear.BITMAPS) & int(KNOWN_AUTOCLEAR)
+    shop.write(AUTOCLEAR_FIELD, features.to_bytes(8, "big"), "header: the autoclear bit for bitmaps")
+
+
+def _clear_reserved(shop: Workshop) -> None:
+    extension = shop.image.extensions.find(ExtensionType.BITMAPS)
+    assert extension is not None, "something was found in it"
+    shop.write(extension.data_offset + 4, bytes(4), "bitmaps extension: reserved field")
+
+
+def _would_fit(shop: Workshop) -> bool:
+    """True if the extension is sound but for its length: with the right one the area ends well and names bitmaps."""
+    image = shop.image
+    extension = image.extensions.find(ExtensionType.BITMAPS)
+    if extension is None or extension.data_offset + BITMAPS_LENGTH > image.extensions.limit:
+        return False
+    head = bytearray(image.head)
+    head[extension.offset + 4 : extension.data_offset] = BITMAPS_LENGTH.to_bytes(4, "big")
+    area = ExtensionArea.parse(bytes(head), image.extensions.start, image.extensions.limit)
+    again = area.find(ExtensionType.BITMAPS)
+    if area.fault is not None or again is None or again.offset != extension.offset:
+        return False
+    pointer = BitmapsExtension.parse(again.data)
+    listing = list_entries(shop.view, pointer, attached=shop.view.directory.attached, damaged=False)
+    return bool(listing.sound) and not listing.is_damaged
+
+
+def _correct_length(shop: Workshop) -> None:
+    extension = shop.image.extensions.find(ExtensionType.BITMAPS)
+    assert extension is not None, "something was found in it"
+    length = BITMAPS_LENGTH.to_bytes(4, "big")
+    shop.write(extension.offset + HEAD_LENGTH - len(length), length, "bitmaps extension: length")
+
+
+def _directory(shop: Workshop) -> Iterator[Proposal]:
+    """Bitmaps that cannot stay go, those that can be mended are."""
+    broken = shop.found(*_DIRECTORY, *_OF_ONE)
+    pointer = _pointer(shop)
+    if broken and pointer is not None:
+        damaged = bool(shop.found(*_DIRECTORY))
+        listing = list_entries(shop.view, pointer, attached=True, damaged=damaged, shared=_shared(shop))
+        if not listing.sound and not listing.broken:
+            yield _dropping(shop, broken), partial(_drop_extension, shop)
+        elif listing.broken or listing.is_damaged:
+            title = "write the bitmap directory anew with the entries that are sound"
+            if listing.broken:
+                names = ", ".join(f"'{bitmap.name}' ({why})" for bitmap, why in listing.broken[:5])
+                title = f"quarantine {len(listing.broken)} of {listing.total} bitmaps: {names}"
+            yield _step(title, broken, _quarantine_class(shop)), partial(_quarantine, shop, pointer, listing)
+    if found := shop.found(*_NAMES):
+        yield _step("give bitmaps that cannot be told apart names of their own", found), partial(_rename, shop)
+
+
+def _pointer(shop: Workshop) -> BitmapsExtension | None:
+    extension = shop.view.directory.extension
+    try:
+        return BitmapsExtension.parse(extension.data) if extension is not None else None
+    except CorruptImageError:
+        return None
+
+
+def _shared(shop: Workshop) -> list[tuple[int, int]]:
+    """The host ranges where a bitmap's cluster has another use."""
+    geometry = shop.view.geometry
+    return [
+        (geometry.offset_of(finding.values["first"]), geometry.offset_of(finding.values["first"] + finding.count))
+        for finding in shop.found("bitmap-clusters-shared")
+    ]
+
+
+def _quarantine(shop: Workshop, pointer: BitmapsExtension, listing: Listing) -> None:
+    geometry = shop.view.geometry
+    for index, (bitmap, _) in enumerate(listing.broken):
+        shop.kept.extend(keep(bitmap, index))
+        for reference in bitmap.references():
+            if 0 < reference.length <= shop.file.base.size - reference.offset:
+                first, last = (geometry.cluster_of(reference.offset + at) for at in (0, reference.length - 1))
+                shop.given_up.update(range(first, last + 1))
+    if listing.is_damaged and 0 < listing.size <= shop.file.base.size - pointer.bitmap_directory_offset:
+        shop.kept.append(Kept("bitmap directory", pointer.bitmap_directory_offset, listing.size))
+    _write_directory(shop, [bitmap.entry for bitmap in listing.sound], pointer, listing.size)
+
+
+def _write_directory(shop: Workshop, entries: list[BitmapEntry], pointer: BitmapsExtension, old_size: int) -> None:
+    """In place if the clusters have the room and no other use, else into free ones.
+
+    Args:
+        old_size: bytes of the old directory as far as it makes sense.
+    """
+    if not entries:
+        _drop_extension(shop)
+        return
+    geometry, offset = shop.view.geometry, pointer.bitmap_directory_offset
+    data = b"".join(entry.build() for entry in entries)
+    room = round_up(old_size, geometry.cluster_size)
+    clusters = range(geometry.cluster_of(offset), geometry.cluster_of(offset + room))
+    if len(data) <= room and all(shop.owns(geometry.offset_of(cluster)) for cluster in clusters):
+        shop.write(offset, data.ljust(old_size, b"\0"), "bitmap directory")
+    else:
+        offset = shop.put(data, "bitmap directory")
+        shop.given_up.update(clusters)
+    new = BitmapsExtension(len(entries), len(data), offset)
+    extension = shop.image.extensions.find(ExtensionType.BITMAPS)
+    assert extension is not None, "the directory was found by it"
+    shop.write(extension.data_offset, new.build(), "bitmaps extension")
+
+
+def _drop_extension(shop: Workshop) -> None:
+    image, pointer = shop.image, _pointer(shop)
+    extension = image.extensions.find(ExtensionType.BITMAPS)
+    assert extension is not None, "something was found in it"
+    if shop.view.directory.pointer is not None and pointer is not None:
+        geometry, offset = image.geometry, pointer.bitmap_directory_offset
+        end = offset + pointer.bitmap_directory_size
+        shop.given_up.update(range(geometry.cluster_of(offset), geometry.clusters(end)))
+    for stage in header_area.detach(HeaderDraft(image), extension).stages:
+        for write in stage.writes:
+            shop.write(write.offset, bytes(write.read()), write.purpose)
+
+
+@dataclass(slots=True)
+class _Names:
+    """Names that are taken."""
+
+    taken: set[bytes]
+
+    def free_like(self, name: bytes) -> bytes:
+        """A name like this one that no bitmap has: with a number behind it."""
+        for number in range(2, len(self.taken) + 3):
+            suffix = f"-{number}".encode()
+            candidate = name[: MAX_BITMAP_NAME - len(suffix)] + suffix
+            if candidate not in self.taken:
+                self.taken.add(candidate)
+                return candidate
+        raise AssertionError("there are more numbers than names")
+
+
+def _rename(shop: Workshop) -> None:
+    directory = shop.view.directory
+    assert directory.pointer is not None, "its entries were read"
+    entries = [bitmap.entry for bitmap in directory.bitmaps]
+    names, seen = _Names({entry.name for entry in entries}), set[bytes]()
+    for index, entry in enumerate(entries):
+        if not entry.name or entry.name in seen:
+            entries[index] = replace(entry, name=names.free_like(entry.name or b"unnamed"), padding=b"")
+        seen.add(entries[index].name)
+    _write_directory(shop, entries, directory.pointer, directory.pointer.bitmap_directory_size)
+
+
+def _clear_padding(shop: Workshop) -> None:
+    for bitmap in shop.view.directory.bitmaps:
+        entry = bitmap.entry
+        if any(entry.padding):
+            place = bitmap.place + entry.size - len(entry.padding)
+            shop.write(place, bytes(len(entry.padding)), f"padding of bitmap '{decode_name(entry.name)}'")
+
+
+def _clear_tails(shop: Workshop, found: list[Finding]) -> None:
+    by_name: dict[str, StoredBitmap] = {bitmap.name: bitmap for bitmap in shop.view.bitmaps}
+    geometry = shop.view.geometry
+    for finding in found:
+        place, bitmap = finding.location.host_offset, by_name[finding.location.bitmap or ""]
+        assert place is not None, "the bits were read there"
+        whole, rest = divmod((geometry.bitmap_bits(bitmap.granularity) - 1) % (8 * geometry.cluster_size) + 1, 8)
+        data = bytearray(shop.file.read_padded(place, geometry.cluster_size))
+        if whole < len(data):
+            data[whole] &= (1 << rest) - 1
+            data[whole + 1 :] = bytes(len(data) - whole - 1)
+        shop.write(place, bytes(data), f"data of bitmap '{bitmap.name}'")

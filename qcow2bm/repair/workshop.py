@@ -1,0 +1,316 @@
+"""Where a repair is worked out: the image as it would be, looked at anew after every change.
+
+A step reads the image through the overlay and writes into it. What the next step sees is what it would find on the
+disk, so no step needs to know what another did.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+
+from ..checks.model import Finding
+from ..checks.runner import BEYOND, CHECKING, OPENING, inspect
+from ..checks.view import Progress, View
+from ..errors import NoSpaceError, ProofError
+from ..format.header import UNKNOWN_INCOMPATIBLE
+from ..image.image import Qcow2Image
+from ..image.overlay import OverlayFile
+from ..image.plan import Kept, Plan
+from .model import Edit, Policy, Step
+
+_SEARCHED = 1 << 12
+"""Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
+_SPARE = 1 << 16
+"""Clusters beside twice the disk's that a file may grow to."""
+SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
+"""The problems of clusters with more uses than one."""
+_MOST_FINDINGS = 1 << 18
+"""Findings of a problem that one round of steps mends; there may be more rounds."""
+_SHOWN = 32
+"""Bytes of an edit that are kept to be shown."""
+_EDITS = 1000
+"""Edits of one step that are kept to be shown."""
+
+
+class Workshop:
+    """The image under repair.
+
+    Attributes:
+        file: the image as it would be.
+        policy: what the repair may do.
+        blind: True if part of the image cannot be followed, or could not at some time: what nothing refers to may
+            then be what the damage has cut off.
+        taken: clusters that steps have filled; they were free.
+        given_up: clusters that nothing but what steps have taken out of the image used.
+        uncounted: refcount blocks that steps have dropped.
+        kept: ranges of the image as it was before that the undo file is to keep.
+    """
+
+    def __init__(self, file: OverlayFile, policy: Policy, progress: Progress = lambda _done, _total: None) -> None:
+        self.file = file
+        self.policy = policy
+        self.blind = False
+        self.taken: set[int] = set()
+        self.given_up: set[int] = set()
+        self.uncounted: set[int] = set()
+        self.kept: list[Kept] = []
+        self._progress = progress
+        self._step: Step | None = None
+        self._undo: list[tuple[int, bytes]] = []
+        self._first: Qcow2Image | None = None
+        self._seen: View | None = None
+        self._is_stale = True
+        self._findings: dict[str, list[Finding]] = {}
+        self._shared = self._dangling = _Spans()
+        self._searched = 0
+        self._end = 0
+
+    # Looking
+
+    def look(self) -> dict[str, list[Finding]]:
+        """All findings of a check of the image as it is now, by code; there is only one check of each state."""
+        if not self._is_stale:
+            return self._findings
+        inspection = inspect(self.file, locked=True, progress=self._progress)
+        found: dict[str, list[Finding]] = defaultdict(list)
+        dangling = _Spans()
+        for finding in chain(inspection.early, inspection.findings(OPENING)):
+            found[finding.code].append(finding)
+        if inspection.view is not None and UNKNOWN_INCOMPATIBLE not in found:
+            size = inspection.view.geometry.cluster_size
+            for finding in inspection.findings(CHECKING + BEYOND):
+                if finding.code.endswith("-outside"):
+                    start = finding.values["offset"]
+                    dangling.add(start // size, (start + finding.values.get("size", size) - 1) // size + 1)
+                if len(found[finding.code]) < _MOST_FINDINGS:
+                    found[finding.code].append(finding)
+            self._dangling, self._shared = dangling.sorted(), _shared(found)
+            self.blind = self.blind or inspection.view.blind
+            self._first = self._first or inspection.view.image
+        self._seen, self._findings, self._is_stale = inspection.view, dict(found), False
+        return self._findings
+
+    def found(self, *codes: str) -> list[Finding]:
+        """The findings of these problems, in the order of the check for each."""
+        findings = self.look()
+        return [finding for code in codes for finding in findings.get(code, ())]
+
+    @property
+    def is_readable(self) -> bool:
+        """False if the header is beyond reading, or says that nobody here knows the format."""
+        return UNKNOWN_INCOMPATIBLE not in self.look() and self._seen is not None
+
+    @property
+    def view(self) -> View:
+        """What a check of the image as it is now sees. Only for an image whose header can be read."""
+        self.look()
+        assert self._seen is not None, "nothing is repaired in an image without a readable header"
+        return self._seen
+
+    @property
+    def seen(self) -> View:
+        """What the last look saw, which what has been written since does not change."""
+        assert self._seen is not None
+        return self._seen
+
+    def owns(self, offset: int) -> bool:
+        """False if the last look saw two uses of this cluster that must not share one: nobody may write there."""
+        cluster = self.seen.geometry.cluster_of(offset)
+        return cluster in self.taken or self._shared.stop_of(cluster) is None
+
+    @property
+    def image(self) -> Qcow2Image:
+        """The image as it is now."""
+        return self.view.image
+
+    # Changing
+
+    def begin(self, step: Step) -> None:
+        """What is written from now on belongs to this step."""
+        self._step = step
+        self._undo = []
+
+    def take_back(self) -> None:
+        """Undo what has been written since the step began."""
+        for offset, old in reversed(self._undo):
+            self.file.write_at(offset, old)
+        self._undo = []
+
+    def write(self, offset: int, new: bytes, purpose: str, *, owned: bool = False) -> None:
+        """Change bytes; what is the same already is left out.
+
+        Args:
+            owned: the caller sees to it that the cluster has no second use, although the last look saw one.
+
+        Raises:
+            ProofError: the cluster has a second use.
+        """
+        old = self.file.read_padded(offset, len(new))
+        if old == new:
+            return
+        if not (owned or self.owns(offset)):
+            text = f"the cluster at {offset:#x} has a second use, which writing to it would destroy"
+            raise ProofError(text, hint="the two must be told apart first")
+        self._undo.append((offset, old))
+        self._note(Edit(offset, len(new), old[:_SHOWN], new[:_SHOWN], purpose))
+        self.file.write_at(offset, new)
+        self._is_stale = True
+
+    def _note(self, edit: Edit) -> None:
+        assert self._step is not None
+        if len(self._step.edits) < _EDITS:
+            self._step.edits.append(edit)
+        else:
+            self._step.edits_left_out += 1
+
+    def put(self, data: bytes, purpose: str) -> int:
+        """Write data into free clusters, the last filled up with zeroes; returns their offset, in bytes.
+
+        Raises:
+            NoSpaceError: a block device is full.
+        """
+        geometry = self.seen.geometry
+        offset = self.take(geometry.clusters(len(data)))
+        length = geometry.clusters(len(data)) * geometry.cluster_size
+        self.write(offset, data.ljust(length, b"\0"), purpose)
+        self.file.truncate(offset + length)
+        self._is_stale = True
+        return offset
+
+    def copy(self, offset: int) -> int:
+        """Copy a cluster into a free one; returns its offset. Raises as `put`."""
+        size = self.seen.geometry.cluster_size
+        place = self.take()
+        self._note(Edit(place, size, b"", self.file.read_padded(offset, min(size, _SHOWN)), f"copy from {offset:#x}"))
+        self.file.copy(offset, place, size)
+        self._is_stale = True
+        return place
+
+    def take(self, count: int = 1) -> int:
+        """Host offset of `count` clusters in a row that nothing uses or counts; they are now taken.
+
+        By the last look: whatever has been freed since then is left alone, and what has been taken is remembered.
+
+        Raises:
+            NoSpaceError: a block device is full.
+        """
+        geometry = self.seen.geometry
+        first = self._free_inside(self.seen, count)
+        if first is None:
+            first = self._behind_the_end(self.seen, count)
+        end = geometry.offset_of(first + count)
+        if self.file.is_device and end > self.file.size:
+            text = f"the device has {self.file.size} bytes, the repair needs {end}"
+            raise NoSpaceError(text, hint="extend the device")
+        self.taken.update(range(first, first + count))
+        self._end = max(self._end, first + count)
+        return geometry.offset_of(first)
+
+    def _free_inside(self, view: View, count: int) -> int | None:
+        """The lowest clusters of the file that are free beyond doubt: counted 0, without any reference."""
+        if self.blind:
+            return None
+        start, stop = self._searched, min(self._searched + _SEARCHED, view.geometry.clusters(self.file.base.size))
+        length = 0
+        for cluster in range(start, stop):
+            length = length + 1 if self._is_free(view, cluster) else 0
+            if length == count:
+                self._searched = cluster + 1 - count
+                return self._searched
+        self._searched = stop if count == 1 else start
+        return None
+
+    def _is_free(self, view: View, cluster: int) -> bool:
+        return cluster not in self.taken and view.stored.get(cluster) == 0 and not view.census.references(cluster)
+
+    def _behind_the_end(self, view: View, count: int) -> int:
+        """The first of `count` clusters behind all that is used or counted, and behind the end of a regular file.
+
+        Raises:
+            NoSpaceError: it would lie far away.
+        """
+        geometry = view.geometry
+        used = max(geometry.clusters(view.allocation.image_end_offset), self._end)
+        first = used if self.file.is_device else max(used, geometry.clusters(self.file.size))
+        # What an entry names past the end of the file reads as zeroes: nothing else may come to lie there.
+        while (stop := self._dangling.first_stop(first, first + count)) is not None:
+            first = stop
+        most = 2 * geometry.clusters(geometry.virtual_size) + geometry.clusters(self.file.size) + _SPARE
+        if first + count > most:
+            raise NoSpaceError(
+                "damaged entries name all the room behind the end of the file", hint="allow to give them up"
+            )
+        return first
+
+    def replay(self, plan: Plan) -> None:
+        """Take over what a plan for the image as it is now would write."""
+        size = self.view.geometry.cluster_size
+        for write in plan.writes():
+            if write.old is None:
+                self.taken.update(range(write.offset // size, -(-write.end // size)))
+                self._end = max(self._end, -(-write.end // size))
+            self.write(write.offset, bytes(write.read()), write.purpose)
+        self.file.truncate(plan.size_after)
+        self._is_stale = True
+
+    def plan(self, summary: Sequence[str]) -> Plan:
+        """All that has been changed, as one plan for the file below."""
+        assert self._first is not None
+        return self.file.plan(self._first, self.taken, tuple(summary), tuple(self.kept))
+
+
+class _Spans:
+    """Ranges of clusters."""
+
+    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
+        self._spans = list(spans)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add a range; neighbours that come in order are one."""
+        if self._spans and self._spans[-1][1] == start:
+            start = self._spans.pop()[0]
+        self._spans.append((start, stop))
+
+    def sorted(self) -> _Spans:
+        """In order, without overlaps."""
+        joined: list[tuple[int, int]] = []
+        for start, stop in sorted(self._spans):
+            if joined and start <= joined[-1][1]:
+                joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+            else:
+                joined.append((start, stop))
+        return _Spans(joined)
+
+    def stop_of(self, cluster: int) -> int | None:
+        """Where the range ends that holds a cluster, None if none does; of sorted ranges."""
+        return self.first_stop(cluster, cluster + 1)
+
+    def first_stop(self, start: int, stop: int) -> int | None:
+        """Where the first range ends that overlaps this one; of sorted ranges."""
+        place = bisect_right(self._spans, (start, 1 << 64))
+        for first, end in self._spans[max(0, place - 1) : place + 1]:
+            if first < stop and start < end:
+                return end
+        return None
+
+
+def _shared(found: dict[str, list[Finding]]) -> _Spans:
+    findings = (finding for code in SHARED for finding in found.get(code, ()))
+    return _Spans((f.values["first"], f.values["first"] + f.count) for f in findings).sorted()
+
+
+def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Sorted numbers as runs (first, count)."""
+    first, count = 0, 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
