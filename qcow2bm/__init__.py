@@ -1,4 +1,4 @@
-"""Persistent dirty bitmaps in qcow2 images whose VM is off: list, edit, merge, check, undo.
+"""Persistent dirty bitmaps in qcow2 images whose VM is off: list, edit, merge, check, repair, undo.
 
 The names below are loaded when they are first used, so `import qcow2bm` costs next to nothing.
 """
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .checks.runner import check
     from .errors import Qcow2bmError
     from .image.plan import Plan
+    from .repair.model import RepairPlan, RepairPolicy
+    from .repair.session import plan_repair, repairing
 
 _HOME = {
     "open": "api",
@@ -33,6 +35,10 @@ _HOME = {
     "check": "checks.runner",
     "Finding": "checks.model",
     "Report": "checks.model",
+    "plan_repair": "repair.session",
+    "repairing": "repair.session",
+    "RepairPlan": "repair.model",
+    "RepairPolicy": "repair.model",
     "undo": "api",
     "who_holds": "api",
     "Qcow2bmError": "errors",
@@ -47,12 +53,16 @@ __all__ = [
     "Image",
     "Plan",
     "Qcow2bmError",
+    "RepairPlan",
+    "RepairPolicy",
     "Report",
     "Source",
     "State",
     "check",
     "errors",
     "open",
+    "plan_repair",
+    "repairing",
     "undo",
     "who_holds",
 ]

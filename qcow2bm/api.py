@@ -17,13 +17,14 @@ from .errors import Qcow2bmError, naming
 from .format.extensions import ExtensionType
 from .format.snapshot_table import SnapshotEntry
 from .image.file import ImageFile
-from .image.image import OpenFile, Qcow2Image, settle_interrupted
+from .image.image import OpenFile, Qcow2Image, settle_interrupted, take_locks
 from .image.lock import LockMode, acquire, holders
 from .image.mapping import Run, runs
 from .image.references import Kind, Reference
 
 if TYPE_CHECKING:
     # Whoever only reads loads none of this: starting up is most of what a small command costs.
+    from .bitmap.bring_back import Quarantine
     from .bitmap.edit import Edit, Source
     from .image.commit import Progress
     from .image.plan import Plan
@@ -332,11 +333,53 @@ def undo(
         with naming(file.path):
             if use_locks:
                 acquire(file.fd, LockMode.WRITER)
-            settle_interrupted(file, writable=True)
+            is_journal = _are_same(file.journal, Path(undo_file))
+            if settle_interrupted(file, writable=True) and is_journal:
+                return  # a crash had cut the change short, and what settles that is the undo file by its other name
             with UndoFile(Path(undo_file)) as old:
                 old.restore(file, force=force)
     finally:
         file.close()
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def open_undo(undo_file: str | os.PathLike[str]) -> Quarantine:
+    """Open an undo file to see what it holds, and to bring back bitmaps that a repair has put into it.
+
+    As a context manager: `with open_undo(file) as held`. Its `bitmaps` are the quarantined ones, its `undo` says what
+    else there is, and `bring_back` drafts one of them in an `Image.edit`, which must end before `held` does.
+
+    Raises:
+        UndoError: it is no undo file, or a damaged one.
+    """
+    from .bitmap.bring_back import Quarantine
+
+    return Quarantine(Path(undo_file))
+
+
+def why_not_undone(path: str | os.PathLike[str], held: Quarantine) -> str | None:
+    """Why `undo` with an open undo file would refuse now, or None. Only reads, and settles nothing."""
+    from .image.undo import require_restorable
+
+    try:
+        file = ImageFile.open(path)
+    except Qcow2bmError as error:
+        return error.message
+    try:
+        with naming(file.path):
+            take_locks(file, writable=False, force_share=False)
+            require_restorable(held.undo, file)
+    except Qcow2bmError as error:
+        return error.message
+    finally:
+        file.close()
+    return None
 
 
 def who_holds(path: str | os.PathLike[str]) -> list[str]:

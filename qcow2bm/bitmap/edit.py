@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import (
+    BitmapError,
     BitmapExistsError,
     BitmapInconsistentError,
     BitmapLimitError,
@@ -265,16 +266,57 @@ class Edit:
         self._append(name, wanted, self._converted(chosen, wanted), recording=chosen.recording)
         self._note(f"copy '{chosen.label}' to '{name}', granularity {wanted}")
 
+    def salvage(self, name: str, bits: BitVector, *, granularity: int, recording: bool) -> None:
+        """Give a bitmap that cannot be used other bits, and make it count: it is no longer in use.
+
+        It gets a table and clusters of its own, and what it had is given back. Detached bitmaps count again only all
+        together: each must be salvaged or removed. One that the directory does not have any more is put back.
+
+        Args:
+            bits: at `granularity`, in chunks of the image's cluster size.
+
+        Raises:
+            BitmapError: a bitmap of that name is in good order.
+            BitmapInconsistentError: it is in use by a running VM.
+            UsageError, BitmapLimitError: as `add`, of one that is put back.
+        """
+        geometry = self.image.geometry
+        if (bits.length, bits.chunk_bytes) != (geometry.bitmap_bits(granularity), geometry.cluster_size):
+            raise ValueError("these bits are not in the shape of a bitmap of this image")
+        raw = encode_name(name)
+        flags = BitmapFlag.AUTO if recording else BitmapFlag(0)
+        new = Draft(raw, granularity.bit_length() - 1, flags, bits)
+        # Of several with one name all but the first are broken, and the first is the one to salvage.
+        place = next((index for index, draft in enumerate(self.drafts) if draft.name == raw), None)
+        if place is None:
+            self._require_new(name, granularity)
+            self._append(name, granularity, bits, recording=recording)
+        else:
+            stored = self.drafts[place].stored
+            if stored is None or stored.state is State.READY:
+                raise BitmapError(f"bitmap '{name}' is in good order, there is nothing to salvage")
+            if stored.state is State.ACTIVE:
+                require_ready(stored)
+            self.drafts[place] = new
+        self._note(f"salvage '{name}'")
+
     # The plan
 
     def plan(self) -> Plan:
         """Everything the edits come to, proved against the image's mapping.
 
         Raises:
+            BitmapInconsistentError: some detached bitmaps have other bits now, and some would count with stale ones.
             ProofError, CorruptImageError: the image is not what the plan would rely on.
             NoSpaceError: a block device or the first cluster is too small.
             BitmapLimitError: the directory would be too large.
         """
+        is_new = {draft.stored is None for draft in self.drafts}
+        if not self.directory.attached and len(is_new) == 2:
+            raise BitmapInconsistentError(
+                "its bitmaps are detached, and not all of them have been salvaged",
+                hint="salvage the others too, or remove them",
+            )
         return plan_changes(self.image, self.directory, self.drafts, tuple(self.summary))
 
     # Helpers

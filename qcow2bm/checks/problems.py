@@ -12,28 +12,44 @@ _CORRUPTION, _UNKNOWN, _BITMAP, _LEAK, _WARNING, _HINT = Severity
 _LOSSLESS, _LOSSY, _GUESS, _NONE = RepairClass
 _REFUSES, _FAILS, _ERROR, _COUNTS, _LEAKS, _SILENT = InQemu
 
-# What to do, where several problems share it.
-_COPY_FIRST = (
-    "with the VM off copy the image (`cp --sparse=always`); let `qcow2bm qemu-img check -r all` work on the copy, then "
-    "check the copy and look at it with the guest's own tools"
+# What to do, where several problems share it. What the repair does, and what that can cost, is in `remedies.py`.
+_MEND = "`qcow2bm repair IMAGE` mends it and loses nothing"
+_ZEROED = "nothing has to be done; `qcow2bm repair IMAGE` zeroes it"
+_REFCOUNTS = (
+    "start no VM before it is mended; `qcow2bm repair IMAGE` counts the references anew and loses nothing (`--dry-run` "
+    "shows how)"
 )
-_RESTORE = "copy the image before anything else; the range named here needs a backup or the file system's own check"
-_REPAIR = "`qcow2bm qemu-img check -r all` mends it"
-_LEAKS_REPAIR = "`qcow2bm qemu-img check -r leaks` gives the space back"
+_GIVE_UP = (
+    "the range named here needs a backup or the file system's own check; `qcow2bm repair IMAGE --allow lossy` gives up "
+    "the bad pointer, and its undo file keeps it"
+)
+_SEE_GUESS = (
+    "compare the range named here with a backup; `qcow2bm repair IMAGE --allow guess` makes it readable, and with "
+    "--dry-run it shows how first"
+)
+_SNAPSHOTS = (
+    "run no `qemu-img check -r` while the snapshots matter: what they pointed to is probably still in the file; copy "
+    "it, then `qcow2bm repair IMAGE --allow lossy --only snapshots` drops those that cannot be used"
+)
 _HEADER = (
     "save the first cluster, then correct this one field (`qcow2bm dump --structure header` shows where it is); put no "
     "older header back whole: tables may have moved since"
 )
-_NEW_BITMAP = "remove the bitmap and start a new one with a full backup"
-_DETACH = (
-    "take a full backup next; copy the image, then clear bit 0 of byte 95 (the autoclear bit): QEMU then opens it and "
-    "drops all its bitmaps"
+_DIRECTORY = (
+    "`qcow2bm repair IMAGE --only bitmaps` keeps all bitmaps that can be read and takes out the rest, and QEMU opens "
+    "the image again; a bitmap that is missing after that needs a full backup"
+)
+_QUARANTINE = (
+    "`qcow2bm repair IMAGE --only bitmaps` takes this one bitmap out, and QEMU opens the image again; start a new one "
+    "with a full backup"
 )
 _VOID = (
-    "before anything else writes to the image note that this bitmap is void: a VM or `check -r` turns it into a sound "
-    "one that says clean; take a full backup next"
+    "before anything else writes to the image, `qcow2bm repair IMAGE --only bitmaps` takes this bitmap out: a VM or "
+    "`qemu-img check -r` turns it into a sound one that says clean; take a full backup next"
 )
-_FIND_FIRST = "change nothing and run no `-r`; copy the image: what this pointed to is probably still in the file"
+_FIND_FIRST = (
+    "change nothing and run no `qemu-img check -r`; copy the image: what this pointed to is probably still in the file"
+)
 _NOTHING = "nothing has to be done"
 
 # What it means, where several problems share it.
@@ -48,30 +64,30 @@ _LETTER = "nothing today: QEMU does not look at it"
 _ROWS = (
     # header
     Problem(
-        "header-cluster-bits", _CORRUPTION, _GUESS, _REFUSES, "impossible cluster size",
+        "header-cluster-bits", _CORRUPTION, _NONE, _REFUSES, "impossible cluster size",
         _NO_START,
         _HEADER,
     ),
     Problem(
-        "header-length", _CORRUPTION, _GUESS, _REFUSES, "impossible header length",
+        "header-length", _CORRUPTION, _NONE, _REFUSES, "impossible header length",
         _NO_START,
         _HEADER,
     ),
     Problem(
-        "header-length-odd", _CORRUPTION, _GUESS, _SILENT, "header length is not a multiple of 8",
+        "header-length-odd", _CORRUPTION, _NONE, _SILENT, "header length is not a multiple of 8",
         "header extensions are read from the wrong place",
         _HEADER,
         hides=True,
     ),
     Problem(
-        "header-refcount-order", _CORRUPTION, _GUESS, _REFUSES, "impossible refcount width",
+        "header-refcount-order", _CORRUPTION, _NONE, _REFUSES, "impossible refcount width",
         _NO_START,
         _HEADER,
     ),
     Problem(
         "header-padding", _WARNING, _LOSSLESS, _SILENT, "the header's padding is not zero",
         "a later version of the format may read meaning into it",
-        _NOTHING,
+        _ZEROED,
     ),
     Problem(
         "unknown-incompatible", _UNKNOWN, _NONE, _REFUSES, "unknown incompatible feature bits",
@@ -81,18 +97,18 @@ _ROWS = (
     Problem(
         "unknown-autoclear", _WARNING, _LOSSY, _SILENT, "unknown autoclear feature bits",
         "the next writer that does not know them clears them, and what they vouch for is void",
-        "use the program that made the image",
+        "use the program that made the image; `qcow2bm repair IMAGE --allow lossy` clears the bits, as any writer must",
         hides=True,
     ),
     Problem(
         "marked-dirty", _WARNING, _LOSSLESS, _SILENT, "the image is marked dirty",
         "its last writer did not close it: with lazy refcounts the counts on disk may be too low",
-        "the next writer brings the refcounts up to date; " + _REPAIR,
+        "nothing has to be done: the next writer brings the refcounts up to date, and so does `qcow2bm repair IMAGE`",
     ),
     Problem(
         "marked-corrupt", _CORRUPTION, _LOSSLESS, _SILENT, "the image is marked corrupt",
         "QEMU noticed damage and refuses to write to the image, so the VM does not start",
-        _COPY_FIRST,
+        "start no VM; `qcow2bm repair IMAGE` mends what it finds and clears the mark if no corruption is left",
     ),
     Problem(
         "compression-type-unknown", _UNKNOWN, _NONE, _REFUSES, "unknown compression type",
@@ -102,30 +118,30 @@ _ROWS = (
     Problem(
         "compression-type-bit", _CORRUPTION, _GUESS, _REFUSES, "compression type and feature bit disagree",
         _NO_START,
-        _HEADER,
+        "`qcow2bm repair IMAGE --allow guess` sets the bit as the type says; then see whether the data can be read",
     ),
     Problem(
-        "extended-l2-cluster-size", _CORRUPTION, _GUESS, _REFUSES, "clusters too small for extended L2 entries",
+        "extended-l2-cluster-size", _CORRUPTION, _NONE, _REFUSES, "clusters too small for extended L2 entries",
         _NO_START,
         _HEADER,
     ),
     Problem(
-        "backing-name-offset", _CORRUPTION, _GUESS, _REFUSES, "backing file name outside the first cluster",
+        "backing-name-offset", _CORRUPTION, _NONE, _REFUSES, "backing file name outside the first cluster",
         _NO_START,
         "write the name again with `qemu-img rebase -u` on a copy whose field is corrected",
     ),
     Problem(
-        "backing-name-length", _CORRUPTION, _GUESS, _REFUSES, "backing file name too long",
+        "backing-name-length", _CORRUPTION, _NONE, _REFUSES, "backing file name too long",
         _NO_START,
         _HEADER,
     ),
     Problem(
-        "backing-name-overlap", _CORRUPTION, _GUESS, _SILENT, "backing file name within the header",
+        "backing-name-overlap", _CORRUPTION, _NONE, _SILENT, "backing file name within the header",
         "the backing file's name is header bytes: the disk has lost what lies below it",
         _HEADER,
     ),
     Problem(
-        "l1-size", _CORRUPTION, _GUESS, _REFUSES, "L1 table above 32 MiB",
+        "l1-size", _CORRUPTION, _NONE, _REFUSES, "L1 table above 32 MiB",
         _NO_START,
         (
             "compare size and l1_size with what the VM had; correct the one that is wrong: a larger l1_size reads"
@@ -134,13 +150,13 @@ _ROWS = (
         hides=True,
     ),
     Problem(
-        "l1-offset", _CORRUPTION, _GUESS, _REFUSES, "impossible offset of the L1 table",
+        "l1-offset", _CORRUPTION, _NONE, _REFUSES, "impossible offset of the L1 table",
         _NO_START,
         _HEADER,
         hides=True,
     ),
     Problem(
-        "l1-too-small", _CORRUPTION, _GUESS, _REFUSES, "L1 table shorter than the virtual size needs",
+        "l1-too-small", _CORRUPTION, _NONE, _REFUSES, "L1 table shorter than the virtual size needs",
         _NO_START,
         (
             "compare size and l1_size with what the VM had; correct the one that is wrong: a larger l1_size reads"
@@ -151,74 +167,74 @@ _ROWS = (
     Problem(
         "refcount-table-missing", _CORRUPTION, _LOSSLESS, _SILENT, "no refcount table",
         "QEMU refuses to start a VM from it: nothing says which clusters are used",
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-table-size", _CORRUPTION, _LOSSLESS, _REFUSES, "refcount table above 8 MiB",
         _NO_START,
-        _HEADER,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-table-offset", _CORRUPTION, _LOSSLESS, _REFUSES, "impossible offset of the refcount table",
         _NO_START,
-        _HEADER,
+        _REFCOUNTS,
     ),
     # header extensions
     Problem(
-        "extension-too-long", _CORRUPTION, _GUESS, _REFUSES, "a header extension longer than its room",
+        "extension-too-long", _CORRUPTION, _NONE, _REFUSES, "a header extension longer than its room",
         _NO_START + "; what comes after it is unknown",
         _HEADER,
         hides=True,
     ),
     Problem(
-        "extension-duplicate", _WARNING, _GUESS, _SILENT, "a header extension that is there twice",
+        "extension-duplicate", _WARNING, _NONE, _SILENT, "a header extension that is there twice",
         "which of them counts depends on the program",
         _HEADER,
     ),
     Problem(
         "extension-padding", _WARNING, _LOSSLESS, _SILENT, "padding of a header extension is not zero",
         _LETTER,
-        _NOTHING,
+        _ZEROED,
     ),
     Problem(
-        "backing-format-length", _CORRUPTION, _GUESS, _REFUSES, "backing format name too long",
+        "backing-format-length", _CORRUPTION, _NONE, _REFUSES, "backing format name too long",
         _NO_START,
         "`qemu-img rebase -u -F` on a copy whose extension is corrected",
     ),
     # encryption
     Problem(
-        "encryption-method", _CORRUPTION, _GUESS, _REFUSES, "unknown encryption method",
+        "encryption-method", _CORRUPTION, _NONE, _REFUSES, "unknown encryption method",
         _NO_START,
         _HEADER,
         hides=True,
     ),
     Problem(
-        "encryption-extension-missing", _CORRUPTION, _GUESS, _REFUSES, "encrypted, but no encryption header pointer",
+        "encryption-extension-missing", _CORRUPTION, _NONE, _REFUSES, "encrypted, but no encryption header pointer",
         _NO_START + "; without the encryption header all data is lost",
         _FIND_FIRST + " (a LUKS header begins with the bytes `LUKS` and 0xBABE)",
         hides=True,
     ),
     Problem(
-        "encryption-extension-unexpected", _CORRUPTION, _GUESS, _REFUSES,
+        "encryption-extension-unexpected", _CORRUPTION, _NONE, _REFUSES,
         "an encryption header pointer in an image that is not encrypted",
         _NO_START,
         "if `LUKS` stands at the offset that it names, the method in the header is the damage: clear nothing",
     ),
     Problem(
-        "encryption-extension-length", _CORRUPTION, _GUESS, _REFUSES,
+        "encryption-extension-length", _CORRUPTION, _NONE, _REFUSES,
         "encryption header pointer of the wrong length",
         _NO_START,
         _HEADER,
         hides=True,
     ),
     Problem(
-        "encryption-header-offset", _CORRUPTION, _GUESS, _REFUSES, "impossible offset of the encryption header",
+        "encryption-header-offset", _CORRUPTION, _NONE, _REFUSES, "impossible offset of the encryption header",
         _NO_START,
         _HEADER,
         hides=True,
     ),
     Problem(
-        "encryption-header-size", _CORRUPTION, _GUESS, _REFUSES, "impossible size of the encryption header",
+        "encryption-header-size", _CORRUPTION, _NONE, _REFUSES, "impossible size of the encryption header",
         _NO_START,
         _HEADER,
         hides=True,
@@ -245,89 +261,101 @@ _ROWS = (
         ),
     ),
     Problem(
-        "data-file-name-unused", _WARNING, _GUESS, _SILENT, "a data file name in an image without data file",
+        "data-file-name-unused", _WARNING, _NONE, _SILENT, "a data file name in an image without data file",
         "nothing, if the image never had a data file; else the bit that says so is lost, and with it all data",
         "make sure that the image never had a data file",
     ),
     Problem(
-        "data-file-raw-without-file", _CORRUPTION, _GUESS, _REFUSES, "raw data file flag without a data file",
+        "data-file-raw-without-file", _CORRUPTION, _NONE, _REFUSES, "raw data file flag without a data file",
         _NO_START,
         "make sure that the image never had a data file; the bit that says so may be what is lost",
     ),
     Problem(
-        "data-file-raw-offset", _CORRUPTION, _LOSSY, _SILENT,
+        "data-file-raw-offset", _CORRUPTION, _NONE, _SILENT,
         "a cluster of a raw data file that is not at its guest offset",
         "whoever reads the data file as raw sees other data there than the guest",
-        _RESTORE,
+        "read the data file as raw no more; `qemu-img convert` makes a new image of what the guest sees",
     ),
     Problem(
         "data-file-snapshots", _CORRUPTION, _LOSSY, _COUNTS, "internal snapshots beside an external data file",
         "snapshots cannot keep data that lies in the data file",
-        "copy both files; QEMU cannot delete these snapshots: convert the disk into a new image",
+        (
+            "copy both files; `qcow2bm repair IMAGE --allow lossy` drops the snapshots, which QEMU cannot delete, and "
+            "leaves the disk as it is"
+        ),
     ),
     # snapshots
     Problem(
         "snapshot-count", _CORRUPTION, _LOSSY, _FAILS, "too many internal snapshots",
         _NO_START + "; the snapshots could not be checked",
-        _FIND_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
-        "snapshot-table-offset", _CORRUPTION, _GUESS, _FAILS, "impossible offset of the snapshot table",
+        "snapshot-table-offset", _CORRUPTION, _LOSSY, _FAILS, "impossible offset of the snapshot table",
         _NO_START + "; the snapshots could not be checked",
-        _HEADER,
+        (
+            "if there are no snapshots, `qcow2bm repair IMAGE --allow lossy` clears the field; otherwise it drops them "
+            "all: save the first cluster and correct the field (`qcow2bm dump --structure header` shows where it is)"
+        ),
         hides=True,
     ),
     Problem(
         "snapshot-table-size", _CORRUPTION, _LOSSY, _FAILS, "snapshot table above 64 MiB",
         _NO_START + "; the snapshots after this one could not be checked",
-        _COPY_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
         "snapshot-extra-data-size", _CORRUPTION, _LOSSY, _FAILS, "too much extra data in a snapshot table entry",
         _NO_START + "; the snapshots from this one on could not be checked",
-        _COPY_FIRST,
+        (
+            "`qcow2bm repair IMAGE --allow lossy --only snapshots` cuts the extra data to 1024 bytes; what programs of "
+            "today know lies in the first 24"
+        ),
         hides=True,
     ),
     Problem(
         "snapshot-table-outside", _CORRUPTION, _LOSSY, _COUNTS, "snapshot table outside the file",
         "the snapshots are lost; the disk itself is not concerned",
-        _COPY_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
         "snapshot-incomplete", _CORRUPTION, _LOSSLESS, _COUNTS, "snapshot table entry without its extra data",
         "version 3 needs the disk size there: a snapshot of a resized disk could not be applied",
-        _REPAIR,
+        _MEND,
     ),
     Problem(
         "snapshot-id", _WARNING, _LOSSLESS, _SILENT, "two snapshots with the same id, or one without",
         "commands that take an id reach only the first of them",
-        "nothing has to be done: use the name",
+        "nothing has to be done: use the name; `qcow2bm repair IMAGE` gives it an id of its own",
     ),
     Problem(
-        "snapshot-l1-unaligned", _CORRUPTION, _GUESS, _COUNTS, "L1 table of a snapshot is not aligned",
+        "snapshot-l1-unaligned", _CORRUPTION, _LOSSY, _COUNTS, "L1 table of a snapshot is not aligned",
         "the snapshot is lost, and its clusters look like leaks",
-        _FIND_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
-        "snapshot-l1-size", _CORRUPTION, _GUESS, _COUNTS, "L1 table of a snapshot is above 32 MiB",
+        "snapshot-l1-size", _CORRUPTION, _LOSSY, _COUNTS, "L1 table of a snapshot is above 32 MiB",
         "the snapshot is lost, and its clusters look like leaks",
-        _FIND_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
-        "snapshot-l1-too-small", _CORRUPTION, _GUESS, _SILENT, "L1 table of a snapshot shorter than its disk",
+        "snapshot-l1-too-small", _CORRUPTION, _LOSSY, _SILENT, "L1 table of a snapshot shorter than its disk",
         "the snapshot has lost the end of its disk",
-        "do not apply it; read what is left with `qemu-img convert -l`, delete it last",
+        (
+            "do not apply it; read what is left with `qemu-img convert -l`, then `qcow2bm repair IMAGE --allow lossy "
+            "--only snapshots` drops it"
+        ),
         hides=True,
     ),
     Problem(
         "snapshot-l1-outside", _CORRUPTION, _LOSSY, _COUNTS, "L1 table of a snapshot outside the file",
         "the snapshot is lost; the disk itself is not concerned",
-        _FIND_FIRST,
+        _SNAPSHOTS,
         hides=True,
     ),
     Problem(
@@ -340,33 +368,33 @@ _ROWS = (
     Problem(
         "refcount-table-outside", _CORRUPTION, _LOSSLESS, _COUNTS, "refcount table outside the file",
         _OVERWRITE,
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-block-reserved", _CORRUPTION, _LOSSLESS, _COUNTS, "reserved bits in a refcount table entry",
         "the refcounts below it are not to be trusted: " + _OVERWRITE,
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-block-unaligned", _CORRUPTION, _LOSSLESS, _COUNTS, "a refcount block that is not aligned",
         "its refcounts cannot be read, and QEMU marks the image corrupt when it needs them",
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-block-outside", _CORRUPTION, _LOSSLESS, _COUNTS, "a refcount block outside the file",
         _OVERWRITE,
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-block-shared", _CORRUPTION, _LOSSLESS, _COUNTS, "a refcount block that something else uses too",
         "a write to one destroys the other",
-        _COPY_FIRST,
+        _REFCOUNTS,
         hides=True,
     ),
     Problem(
         "refcount-unreadable", _CORRUPTION, _LOSSLESS, _ERROR, "refcounts that cannot be read",
         "QEMU cannot write there",
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     # mapping
     Problem(
@@ -378,103 +406,103 @@ _ROWS = (
     Problem(
         "l1-entry-reserved", _CORRUPTION, _GUESS, _COUNTS, "reserved bits in an L1 entry",
         "the entry is not what was written: " + _GARBAGE,
-        _RESTORE,
+        _SEE_GUESS,
         hides=True,
     ),
     Problem(
         "l2-unaligned", _CORRUPTION, _LOSSY, _COUNTS, "an L2 table that is not aligned",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
         "l2-outside", _CORRUPTION, _LOSSY, _COUNTS, "an L2 table outside the file",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
         "l2-entry-reserved", _CORRUPTION, _GUESS, _COUNTS, "reserved bits in an L2 entry",
         "the entry is not what was written: " + _GARBAGE,
-        _RESTORE,
+        _SEE_GUESS,
         hides=True,
     ),
     Problem(
-        "data-unaligned", _CORRUPTION, _GUESS, _COUNTS, "a data cluster that is not aligned",
+        "data-unaligned", _CORRUPTION, _LOSSY, _COUNTS, "a data cluster that is not aligned",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
         "zero-unaligned", _CORRUPTION, _LOSSLESS, _COUNTS, "a preallocated zero cluster that is not aligned",
         "the guest reads zeroes, as it should; a write there would go to the wrong place",
-        _REPAIR,
+        _MEND,
     ),
     Problem(
         "data-outside", _CORRUPTION, _LOSSY, _COUNTS, "a data cluster outside the file",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
         "zero-flag-reserved", _CORRUPTION, _GUESS, _SILENT, "a zero flag where the format has none",
         "version 2 and extended L2 entries have no such flag: programs differ in what the guest reads",
-        _RESTORE,
+        _SEE_GUESS,
         hides=True,
     ),
     Problem(
         "compressed-copied", _CORRUPTION, _LOSSLESS, _COUNTS, "a compressed cluster with the copied flag",
         "a write there could overwrite other compressed clusters",
-        "convert the image: reading it is safe, and `-r all` does not mend this",
+        "`qcow2bm repair IMAGE` clears the flag; `qemu-img check -r all` does not mend this",
     ),
     Problem(
         "compressed-outside", _CORRUPTION, _LOSSY, _COUNTS, "a compressed cluster outside the file",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
-        "compressed-data-file", _CORRUPTION, _GUESS, _COUNTS, "a compressed cluster beside an external data file",
+        "compressed-data-file", _CORRUPTION, _LOSSY, _COUNTS, "a compressed cluster beside an external data file",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
     ),
     Problem(
         "compressed-subclusters", _CORRUPTION, _GUESS, _COUNTS, "a compressed cluster with a subcluster bitmap",
         _GARBAGE,
-        _RESTORE,
+        _SEE_GUESS,
         hides=True,
     ),
     Problem(
         "subclusters-contradict", _CORRUPTION, _GUESS, _COUNTS, "subclusters that are both allocated and zero",
         _GARBAGE,
-        _RESTORE,
+        _SEE_GUESS,
     ),
     Problem(
         "subclusters-unallocated", _CORRUPTION, _LOSSY, _COUNTS, "allocated subclusters without a host cluster",
         _GARBAGE,
-        _RESTORE,
+        _GIVE_UP,
         hides=True,
     ),
     Problem(
-        "mapping-past-end", _WARNING, _LOSSY, _SILENT, "clusters mapped past the end of the disk",
+        "mapping-past-end", _WARNING, _NONE, _SILENT, "clusters mapped past the end of the disk",
         "space that the guest cannot reach; it shows again if the disk grows",
         _NOTHING,
     ),
     Problem(
-        "clusters-shared", _CORRUPTION, _LOSSY, _SILENT, "one host cluster for two places of the guest",
+        "clusters-shared", _CORRUPTION, _LOSSLESS, _SILENT, "one host cluster for two places of the guest",
         "a write to one place of the disk shows at the other, and one of them has lost its data already",
         (
-            "start no VM and run no `-r`, which accepts the sharing; find out with the guest's tools on a copy "
-            "which place is right"
+            "start no VM and run no `qemu-img check -r`, which accepts the sharing; `qcow2bm repair IMAGE` gives each "
+            "place a copy of its own; then find out with the guest's tools which of them is right"
         ),
         hides=True,
     ),
     Problem(
-        "metadata-overlap", _CORRUPTION, _GUESS, _SILENT, "one cluster with two uses, at least one of them metadata",
+        "metadata-overlap", _CORRUPTION, _LOSSLESS, _SILENT, "one cluster with two uses, at least one of them metadata",
         "the guest can overwrite the image's own tables, or a table the guest's data",
         (
-            "start no VM and run no `-r`, which accepts the sharing; copy the image, then find out which of the "
-            "owners is right"
+            "start no VM and run no `qemu-img check -r`, which accepts the sharing; `qcow2bm repair IMAGE` copies "
+            "apart what can be moved, and both read what they read today; then find out which of the owners is right"
         ),
         hides=True,
     ),
@@ -482,17 +510,17 @@ _ROWS = (
     Problem(
         "refcount-too-low", _CORRUPTION, _LOSSLESS, _COUNTS, "refcount below the references",
         _OVERWRITE,
-        _COPY_FIRST,
+        _REFCOUNTS,
     ),
     Problem(
         "refcount-overflow", _CORRUPTION, _NONE, _COUNTS, "more references than a refcount can hold",
         _OVERWRITE,
-        "on a copy: `qemu-img amend -o refcount_bits=` with the next wider width, then `check -r all`",
+        "on a copy: `qemu-img amend -o refcount_bits=` with the next wider width, then `qcow2bm repair` on that",
     ),
     Problem(
         "leak", _LEAK, _LOSSLESS, _LEAKS, "leaked clusters",
         "wasted space, no harm to data",
-        _LEAKS_REPAIR,
+        "`qcow2bm repair IMAGE --only leaks` gives the space back",
     ),
     Problem(
         "leak-unproven", _LEAK, _GUESS, _LEAKS, "unreferenced clusters while part of the image cannot be followed",
@@ -501,200 +529,214 @@ _ROWS = (
             " header"
         ),
         (
-            "run no `check -r leaks` or `-r all`: either frees them for good; settle the other findings, then "
-            "check again"
+            "run no `qemu-img check -r`, which frees them for good; settle the other findings (`qcow2bm repair "
+            "IMAGE`), then check again; what is left then is freed with `--allow guess`"
+        ),
+    ),
+    Problem(
+        "leak-lost-table", _LEAK, _GUESS, _LEAKS, "leaked clusters that look like a lost L2 table and its data",
+        (
+            "a table that maps them is there, but nothing refers to it any more: the guest may have lost what lies in"
+            " them"
+        ),
+        (
+            "run no `qemu-img check -r`, which frees them for good; look for what the guest misses first, with a copy "
+            "of the image; `qcow2bm repair IMAGE --allow guess --only leaks` gives the space back"
         ),
     ),
     Problem(
         "leak-detached-bitmap", _LEAK, _LOSSY, _LEAKS, "leaked clusters of detached bitmaps",
         "the next writer of the image drops the bitmaps they belong to; then they are plain leaks",
         (
-            "let no `-r` run and start no VM while the bitmaps may be wanted; after that `qcow2bm qemu-img check "
-            "-r leaks` gives the space back"
+            "let no `qemu-img check -r` run and start no VM while the bitmaps may be wanted (`qcow2bm why IMAGE "
+            "BITMAP` says how to bring one back); `qcow2bm repair IMAGE --detached remove --allow lossy` frees them"
         ),
     ),
     Problem(
         "leak-lost-bitmap", _LEAK, _LOSSY, _LEAKS, "leaked clusters that look like a lost bitmap",
         "a bitmap directory nothing refers to: `amend -o compat=0.10` or a foreign writer dropped the bitmaps",
         (
-            "let no `-r` run while the bitmap may be wanted; after that `qcow2bm qemu-img check -r leaks` gives "
-            "the space back"
+            "let no `qemu-img check -r` run while the bitmap may be wanted; after that `qcow2bm repair IMAGE --allow "
+            "lossy --only leaks` gives the space back"
         ),
     ),
     Problem(
         "copied-l1", _CORRUPTION, _LOSSLESS, _COUNTS, "copied flag of an L1 entry contradicts the refcount",
         "a write may go to a table that a snapshot shares, or copy one needlessly",
-        _REPAIR,
+        _MEND,
     ),
     Problem(
         "copied-l2", _CORRUPTION, _LOSSLESS, _COUNTS, "copied flag of an L2 entry contradicts the refcount",
         "a write may go to a cluster that a snapshot shares, or copy one needlessly",
-        _REPAIR,
+        _MEND,
     ),
     # extension and directory of bitmaps
     Problem(
         "bitmaps-extension-missing", _BITMAP, _LOSSLESS, _SILENT, "bitmaps are announced, but there are none",
         "the bitmaps are lost; the disk is not concerned",
-        "start a new bitmap with a full backup; the next writer clears the flag",
+        "start a new bitmap with a full backup; `qcow2bm repair IMAGE` clears the flag, as the next writer would",
     ),
     Problem(
-        "bitmaps-extension-length", _BITMAP, _LOSSY, _REFUSES, "bitmaps extension of the wrong length",
+        "bitmaps-extension-length", _BITMAP, _LOSSLESS, _REFUSES, "bitmaps extension of the wrong length",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     Problem(
         "bitmaps-extension-reserved", _BITMAP, _LOSSLESS, _REFUSES,
         "a reserved field of the bitmaps extension is set",
         _NO_START_FOR_BITMAPS,
-        "copy the image, then clear the 4 bytes after the number of bitmaps in the extension",
+        "`qcow2bm repair IMAGE --only bitmaps` clears the field, and all bitmaps stay as they are",
     ),
     Problem(
-        "bitmaps-count", _BITMAP, _LOSSY, _REFUSES, "impossible number of bitmaps",
+        "bitmaps-count", _BITMAP, _LOSSLESS, _REFUSES, "impossible number of bitmaps",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     Problem(
-        "bitmap-directory-size", _BITMAP, _LOSSY, _REFUSES, "impossible size of the bitmap directory",
+        "bitmap-directory-size", _BITMAP, _LOSSLESS, _REFUSES, "impossible size of the bitmap directory",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     Problem(
-        "bitmap-directory-offset", _BITMAP, _LOSSY, _REFUSES, "impossible offset of the bitmap directory",
+        "bitmap-directory-offset", _BITMAP, _LOSSLESS, _REFUSES, "impossible offset of the bitmap directory",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     Problem(
-        "bitmap-directory-outside", _BITMAP, _LOSSY, _REFUSES, "bitmap directory outside the file",
+        "bitmap-directory-outside", _BITMAP, _LOSSLESS, _REFUSES, "bitmap directory outside the file",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     Problem(
-        "bitmap-directory-entries", _BITMAP, _LOSSY, _REFUSES, "the bitmap directory does not hold its entries",
+        "bitmap-directory-entries", _BITMAP, _LOSSLESS, _REFUSES, "the bitmap directory does not hold its entries",
         _NO_START_FOR_BITMAPS,
-        _DETACH,
+        _DIRECTORY,
         hides=True,
     ),
     # directory entries of bitmaps
     Problem(
-        "bitmap-table-offset", _BITMAP, _LOSSY, _REFUSES, "impossible offset of a bitmap table",
+        "bitmap-table-offset", _BITMAP, _LOSSLESS, _REFUSES, "impossible offset of a bitmap table",
         _NO_START_FOR_BITMAP,
-        _DETACH,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-table-size", _BITMAP, _LOSSY, _REFUSES, "bitmap table of the wrong size for the disk",
+        "bitmap-table-size", _BITMAP, _LOSSLESS, _REFUSES, "bitmap table of the wrong size for the disk",
         _NO_START_FOR_BITMAP,
-        _NEW_BITMAP,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-flags", _BITMAP, _GUESS, _REFUSES, "unknown flags of a bitmap",
+        "bitmap-flags", _BITMAP, _LOSSLESS, _REFUSES, "unknown flags of a bitmap",
         _NO_START_FOR_BITMAP,
-        _NEW_BITMAP,
+        _QUARANTINE,
     ),
     Problem(
-        "bitmap-type", _BITMAP, _LOSSY, _REFUSES, "unknown type of a bitmap",
+        "bitmap-type", _BITMAP, _LOSSLESS, _REFUSES, "unknown type of a bitmap",
         _NO_START_FOR_BITMAP,
-        _NEW_BITMAP,
+        _QUARANTINE,
     ),
     Problem(
         "bitmap-name", _BITMAP, _LOSSLESS, _REFUSES, "impossible name of a bitmap",
         "a bitmap without a name cannot be addressed; one with a too long name makes QEMU refuse the image",
-        "rename it, or " + _NEW_BITMAP,
+        "`qcow2bm repair IMAGE --only bitmaps` names it and keeps its bits; one with a too long name it takes out",
     ),
     Problem(
         "bitmap-name-duplicate", _BITMAP, _LOSSLESS, _REFUSES, "two bitmaps with the same name",
         _NO_START_FOR_BITMAP,
-        "`qcow2bm rename` or `remove` takes the first of them: look at both with `qcow2bm list`",
+        "`qcow2bm repair IMAGE --only bitmaps` renames the second one, its bits stay: look at both with `qcow2bm list`",
     ),
     Problem(
-        "bitmap-extra-data", _BITMAP, _LOSSY, _REFUSES, "extra data of a bitmap that is not known",
+        "bitmap-extra-data", _BITMAP, _LOSSLESS, _REFUSES, "extra data of a bitmap that is not known",
         "only the program that wrote it may touch the bitmap; QEMU refuses the whole image",
-        _NEW_BITMAP,
+        "use the program that wrote it, or: " + _QUARANTINE,
     ),
     Problem(
-        "bitmap-extra-data-compatible", _BITMAP, _LOSSY, _REFUSES, "extra data of a bitmap that QEMU refuses",
+        "bitmap-extra-data-compatible", _BITMAP, _LOSSLESS, _REFUSES, "extra data of a bitmap that QEMU refuses",
         "the specification allows it, but " + _NO_START_FOR_BITMAP,
-        _NEW_BITMAP,
+        _QUARANTINE,
     ),
     Problem(
-        "bitmap-granularity", _BITMAP, _LOSSY, _REFUSES, "impossible granularity of a bitmap",
+        "bitmap-granularity", _BITMAP, _LOSSLESS, _REFUSES, "impossible granularity of a bitmap",
         _NO_START_FOR_BITMAP,
-        _NEW_BITMAP,
+        _QUARANTINE,
     ),
     Problem(
         "bitmap-padding", _WARNING, _LOSSLESS, _SILENT, "padding of a bitmap directory entry is not zero",
         _LETTER,
-        _NOTHING,
+        _ZEROED,
     ),
     # table and data of bitmaps
     Problem(
-        "bitmap-table-outside", _BITMAP, _LOSSY, _COUNTS, "bitmap table outside the file",
+        "bitmap-table-outside", _BITMAP, _LOSSLESS, _COUNTS, "bitmap table outside the file",
         "the bitmap reads as clean: the next incremental backup would miss what it held",
         _VOID,
         hides=True,
     ),
     Problem(
-        "bitmap-tables-excessive", _BITMAP, _NONE, _SILENT, "bitmap tables larger than the file that holds them",
+        "bitmap-tables-excessive", _BITMAP, _LOSSLESS, _SILENT, "bitmap tables larger than the file that holds them",
         "the tables overlap each other; the rest of them could not be checked",
-        _DETACH,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-entry-reserved", _BITMAP, _LOSSY, _REFUSES, "reserved bits in a bitmap table entry",
+        "bitmap-entry-reserved", _BITMAP, _LOSSLESS, _REFUSES, "reserved bits in a bitmap table entry",
         _NO_START_FOR_BITMAP,
-        _DETACH,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-entry-all-ones", _BITMAP, _LOSSY, _REFUSES,
+        "bitmap-entry-all-ones", _BITMAP, _LOSSLESS, _REFUSES,
         "a bitmap table entry with an offset and the all-ones bit",
         _NO_START_FOR_BITMAP,
-        _DETACH,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-entry-unaligned", _BITMAP, _LOSSY, _REFUSES, "a bitmap table entry that is not aligned",
+        "bitmap-entry-unaligned", _BITMAP, _LOSSLESS, _REFUSES, "a bitmap table entry that is not aligned",
         _NO_START_FOR_BITMAP,
-        _DETACH,
+        _QUARANTINE,
         hides=True,
     ),
     Problem(
-        "bitmap-data-outside", _BITMAP, _LOSSY, _COUNTS, "bitmap data outside the file",
+        "bitmap-data-outside", _BITMAP, _LOSSLESS, _COUNTS, "bitmap data outside the file",
         "those bits read as clean: the next incremental backup would miss what they held",
         _VOID,
         hides=True,
     ),
     Problem(
-        "bitmap-clusters-shared", _CORRUPTION, _GUESS, _SILENT, "a cluster of a bitmap that something else uses too",
+        "bitmap-clusters-shared", _CORRUPTION, _LOSSLESS, _SILENT, "a cluster of a bitmap that something else uses too",
         "QEMU frees and rewrites bitmap clusters at every close: it would overwrite the other owner",
         (
-            "start no VM and run no `-r`, which accepts the sharing; give the bitmap up, never the other owner: "
-            "on a copy clear bit 0 of byte 95 (the autoclear bit), which makes QEMU leave the bitmaps alone"
+            "start no VM and run no `qemu-img check -r`, which accepts the sharing; `qcow2bm repair IMAGE --only "
+            "bitmaps` leaves the cluster to the other owner: bits that lay in it count as dirty"
         ),
         hides=True,
     ),
     Problem(
         "bitmap-tail-bits", _WARNING, _LOSSLESS, _SILENT, "bits set past the end of the disk",
         _LETTER,
-        _NOTHING,
+        _ZEROED,
     ),
     Problem(
-        "bitmap-needless-clusters", _HINT, _LOSSLESS, _SILENT,
+        "bitmap-needless-clusters", _HINT, _NONE, _SILENT,
         "data clusters of a bitmap that say all zero or all one",
         "wasted space: the table itself could say so",
         _NOTHING,
     ),
     # states of bitmaps
     Problem(
-        "bitmap-inconsistent", _BITMAP, _LOSSY, _SILENT, "a bitmap whose last writer did not close the image",
+        "bitmap-inconsistent", _BITMAP, _LOSSLESS, _SILENT, "a bitmap whose last writer did not close the image",
         "writes since its last clean close may be missing in it: no incremental backup from it is safe",
-        _NEW_BITMAP,
+        (
+            "`qcow2bm why IMAGE BITMAP` lists the ways out: `qcow2bm repair IMAGE --in-use POLICY` makes it usable "
+            "again without a full backup, `qcow2bm remove` gives it up"
+        ),
     ),
     Problem(
         "bitmap-active", _HINT, _NONE, _SILENT, "a bitmap in use by a running VM",
@@ -702,9 +744,12 @@ _ROWS = (
         "ask again when the VM is off",
     ),
     Problem(
-        "bitmap-detached", _BITMAP, _LOSSY, _SILENT, "a bitmap that a foreign writer has made void",
+        "bitmap-detached", _BITMAP, _LOSSLESS, _SILENT, "a bitmap that a foreign writer has made void",
         "a program that knows no bitmaps wrote to the image; QEMU drops the bitmap at the next start",
-        "start a new bitmap with a full backup: nothing proves what this one has missed",
+        (
+            "start no VM before you have decided; `qcow2bm why IMAGE BITMAP` lists the ways out: `qcow2bm repair IMAGE "
+            "--detached POLICY` brings it back, otherwise start a new one with a full backup"
+        ),
     ),
     # what bitmaps tell about each other
     Problem(

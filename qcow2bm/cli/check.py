@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..checks.model import Allocation, Finding, InQemu, Location, Problem, Report, Severity
+from ..checks.model import Allocation, Finding, Location, Problem, Report, Severity
 from ..checks.problems import PROBLEMS
 from ..checks.runner import DEFAULT_LIMIT
 from ..checks.runner import check as check_image
-from ..errors import Qcow2bmError
+from ..errors import Qcow2bmError, UsageError
 from ..image.references import Kind
 from .failures import worst
 from .list import ImagesArgument
@@ -22,6 +23,7 @@ from .output import Cell, JsonObject, Output, complain, print_json, print_pairs,
 from .progress import ProgressBar
 from .sizes import human_size, percent
 from .terminal import painted, printable
+from .verdicts import verdict
 
 OwnersOption = Annotated[
     bool,
@@ -32,35 +34,48 @@ LimitOption = Annotated[
     typer.Option("--max-findings", metavar="N", min=0, help="Findings of each problem to keep; all are counted."),
 ]
 
+
+class Mend(StrEnum):
+    """What `check -r` repairs."""
+
+    LEAKS = "leaks"
+    ALL = "all"
+    BITMAPS = "bitmaps"
+
+
+RepairOption = Annotated[
+    Mend | None,
+    typer.Option(
+        "--repair", "-r", show_default=False,
+        help="Repair too, without asking: leaked clusters, the bitmaps, or all that nothing is lost by.",
+    ),
+]  # fmt: skip
+
 _SHOWN = 3
 """Findings of each problem that are shown for reading."""
 _COLOURS = {Severity.CORRUPTION: "red", Severity.UNKNOWN: "red", Severity.BITMAP: "yellow", Severity.LEAK: "yellow"}
-_VERDICTS = {
-    None: "clean",
-    Severity.HINT: "clean",
-    Severity.WARNING: "clean",
-    Severity.LEAK: "leaked clusters, no harm to data",
-    Severity.BITMAP: "a bitmap cannot be relied on; data and refcounts are fine",
-    Severity.UNKNOWN: "cannot be judged",
-    Severity.CORRUPTION: "corrupt",
-}
 
 
 def check(
     images: ImagesArgument,
     *,
+    repair: RepairOption = None,
     owners: OwnersOption = False,
     max_findings: LimitOption = DEFAULT_LIMIT,
     force_share: ForceShareOption = False,
     output: OutputOption = Output.HUMAN,
     progress: ProgressOption = None,
 ) -> int:
-    """Check images and their bitmaps for every corruption, leak and fault. Never writes.
+    """Check images and their bitmaps for every corruption, leak and fault. Never writes, unless asked to with -r.
 
     Each image is judged by itself, and the worst exit status counts: 0 clean, 2 corrupt, 3 leaked clusters only,
     4 data and refcounts are fine but a bitmap is unusable, 75 in use. Guest data is not read, and neither the backing
-    file nor an external data file is opened.
+    file nor an external data file is opened. What -r does, and more, is `repair`.
     """
+    if repair is not None:
+        if force_share:
+            raise UsageError("-U reads an image that others write to, -r writes to it")
+        return _repair(images, repair, output, progress)
     documents: list[JsonObject] = []
     statuses: list[int] = []
     for path in images:
@@ -69,8 +84,7 @@ def check(
                 report = check_image(path, owners=owners, limit=max_findings, force_share=force_share, progress=bar)
         except Qcow2bmError as error:
             complain(error)
-            problem = {"message": error.message, "hint": error.hint}
-            documents.append({"image": str(path), "status": error.exit_status, "error": problem})
+            documents.append(_failure(path, error))
             statuses.append(error.exit_status)
             continue
         if not report.locked:
@@ -83,6 +97,34 @@ def check(
     if output is Output.JSON:
         print_json({"images": documents})
     return worst(statuses)
+
+
+def _repair(images: list[Path], mend: Mend, output: Output, progress: bool | None) -> int:
+    """Repair images one after the other, each by itself."""
+    from ..repair.model import RepairPolicy
+    from .repair import Manner, run  # what a check alone does not need
+
+    only = {Mend.ALL: None, Mend.LEAKS: "leaks", Mend.BITMAPS: "bitmaps"}[mend]
+    policy = RepairPolicy.lossless(only)
+    documents: list[JsonObject] = []
+    statuses: list[int] = []
+    for path in images:
+        try:
+            document, report = run(path, policy, Manner(assume_yes=True, output=output, progress=progress))
+            documents.append(document)
+            statuses.append(report.exit_status)
+        except Qcow2bmError as error:
+            complain(error)
+            documents.append(_failure(path, error))
+            statuses.append(error.exit_status)
+    if output is Output.JSON:
+        print_json({"images": documents})
+    return worst(statuses)
+
+
+def _failure(path: Path, error: Qcow2bmError) -> JsonObject:
+    problem = {"message": error.message, "hint": error.hint}
+    return {"image": str(path), "status": error.exit_status, "error": problem}
 
 
 # For reading
@@ -112,14 +154,6 @@ def _print(path: Path, report: Report) -> None:
     if report.allocation.total:
         print()
         print_pairs(_summary(report.allocation), indent="  ")
-
-
-def verdict(report: Report) -> str:
-    """A report in a few words."""
-    refused = any(finding.qemu is InQemu.REFUSES for finding in report.findings)
-    if report.worst is Severity.BITMAP and refused:
-        return "QEMU refuses to open it because of its bitmaps; data and refcounts are fine"
-    return _VERDICTS[report.worst]
 
 
 def _by_problem(report: Report) -> Iterator[tuple[Problem, list[Finding]]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..api import Image
     from ..bitmap.edit import Edit
     from ..errors import BitmapError
+    from ..format.header import Incompatible
 
 _SHORT = "b:f:F:g:h"
 _ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
@@ -141,29 +142,47 @@ def _opened(name: str, given_format: str | None, *, writable: bool) -> Iterator[
     """An open image; what only the real qemu-img can open, repair or explain is left to it."""
     from ..api import open as open_image
     from ..errors import Qcow2bmError
+    from ..format.header import Incompatible
 
     try:
         with refusing(name, given_format, writable=writable):
             image = open_image(name, writable=writable)
     except Qcow2bmError:
-        if _is_marked_corrupt(name):
+        if _is_marked(name, Incompatible.CORRUPT):
             refusal = f"Could not open '{name}': qcow2: Image is corrupt; cannot be opened read/write"
             raise RefusedError(refusal) from None
-        raise ForeignError from None
+        if not (writable and _is_marked(name, Incompatible.DIRTY)):
+            raise ForeignError from None
+        image = _mended(name, given_format)
     with image:
         yield image
 
 
-def _is_marked_corrupt(name: str) -> bool:
+def _is_marked(name: str, mark: Incompatible) -> bool:
     from ..api import open as open_image
     from ..errors import Qcow2bmError
-    from ..format.header import Incompatible
 
     try:
         with open_image(name) as image:
-            return bool(image.qcow2.header.incompatible_features & Incompatible.CORRUPT)
+            return bool(image.qcow2.header.incompatible_features & mark)
     except Qcow2bmError:
         return False
+
+
+def _mended(name: str, given_format: str | None) -> Image:
+    """A dirty image, open after the repair that QEMU makes too before it writes to one."""
+    from ..api import open as open_image
+    from ..checks.view import opened
+    from ..errors import Qcow2bmError
+    from .qemu_repair import mend_dirty
+
+    try:
+        with refusing(name, given_format, writable=True):
+            with opened(name, writable=True) as (file, locked):
+                mend_dirty(file, name, locked=locked)
+            return open_image(name, writable=True)
+    except Qcow2bmError:
+        raise ForeignError from None
 
 
 def _draft(image: Image, request: Request) -> Edit:

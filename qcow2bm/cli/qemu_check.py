@@ -1,14 +1,14 @@
 """The drop-in for `qemu-img check`: its options, its output on each stream, its exit status.
 
-A repair (`-r`) is left to the real qemu-img. What the image names, its backing file and its data file, is not opened,
-and no secret is needed for an encrypted image: only metadata is read.
+What the image names, its backing file and its data file, is not opened, and no secret is needed for an encrypted image:
+only metadata is read, and with `-r` written.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from .qemu_options import USAGE, ForeignError, RefusedError, answered, read_opti
 from .real_qemu_img import complain
 
 if TYPE_CHECKING:
-    from ..checks.model import Finding
+    from ..checks.model import Allocation, Finding
     from ..checks.runner import Inspection
     from ..checks.view import View
 
@@ -36,15 +36,25 @@ class Request:
     output: str = "human"
     quiet: bool = False
     force_share: bool = False
+    repair: str | None = None
 
 
 @dataclass(slots=True)
 class Totals:
-    """What qemu-img counts, and why it gave up, if it did."""
+    """What qemu-img counts, and why it gave up, if it did.
+
+    Attributes:
+        clusters: of the virtual disk.
+        allocation: other statistics of the image; None as long as nothing has been checked to the end.
+    """
 
     corruptions: int = 0
     leaks: int = 0
     errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    clusters: int = 0
+    allocation: Allocation | None = None
     failure: str | None = None
     corruption_signaled: bool = False
     pending: list[str] = field(default_factory=list)
@@ -75,8 +85,12 @@ def parse(argv: list[str]) -> Request:
     request, cache = Request(), "writeback"
     for name, value in line.options:
         match name.lstrip("-"):
-            case "h" | "help" | "object" | "image-opts" | "r" | "repair":
+            case "h" | "help" | "object" | "image-opts":
                 raise ForeignError
+            case "r" | "repair":
+                if value not in ("leaks", "all"):
+                    raise RefusedError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {value}", USAGE)
+                request.repair = value
             case "f" | "format":
                 request.format = value
             case "output":
@@ -101,32 +115,66 @@ def parse(argv: list[str]) -> Request:
 
 
 def _carry_out(request: Request) -> int:
-    from ..checks.runner import inspecting
-    from ..errors import UnsupportedVersionError
-
     totals = Totals()
     try:
-        with (
-            refusing(request.image, request.format, writable=False),
-            inspecting(request.image, force_share=request.force_share, as_qemu=True) as inspection,
-        ):
-            _open(inspection, request, totals)
-            view = _check(inspection, totals)
-    except UnsupportedVersionError as error:
-        raise RefusedError(f"Could not open '{request.image}': Unsupported qcow2 version {error.version}") from None
+        if request.repair is not None:
+            _repair(request, totals)
+        else:
+            _look(request, totals)
     finally:
         totals.flush()
+    if request.output == "human" and not request.quiet and (totals.corruptions_fixed or totals.leaks_fixed):
+        print(_fixed(totals))
     if totals.failure is not None:
         raise RefusedError(f"Check failed: {totals.failure}")
     if not request.quiet:
-        print(_json(request, totals, view) if request.output == "json" else _human(totals, view))
+        print(_json(request, totals) if request.output == "json" else _human(totals))
     if totals.errors:
         raise RefusedError("Check failed")
     return _CORRUPT if totals.corruptions else _LEAKS if totals.leaks else 0
 
 
-def _open(inspection: Inspection, request: Request, totals: Totals) -> None:
-    """What QEMU does before the check: it refuses some images altogether."""
+def _look(request: Request, totals: Totals) -> None:
+    from ..checks.runner import inspecting
+
+    with (
+        _opening(request),
+        inspecting(request.image, force_share=request.force_share, as_qemu=True) as inspection,
+    ):
+        check(inspection, opened_as_qemu(inspection, request.image), totals)
+
+
+def _repair(request: Request, totals: Totals) -> None:
+    from ..checks.view import opened
+    from ..repair.as_qemu.model import Mode
+    from .qemu_repair import repair
+
+    if request.force_share:
+        raise RefusedError(
+            f"Could not open '{request.image}': force-share=on can only be used with read-only images"
+        )
+    with _opening(request), opened(request.image, writable=True) as (file, locked):
+        repair(file, request.image, Mode(request.repair), totals, locked=locked)
+
+
+@contextlib.contextmanager
+def _opening(request: Request) -> Iterator[None]:
+    """Say in qemu-img's words why an image cannot be opened."""
+    from ..errors import UnsupportedVersionError
+
+    try:
+        with refusing(request.image, request.format, writable=request.repair is not None):
+            yield
+    except UnsupportedVersionError as error:
+        raise RefusedError(f"Could not open '{request.image}': Unsupported qcow2 version {error.version}") from None
+
+
+def opened_as_qemu(inspection: Inspection, name: str) -> list[Finding]:
+    """What QEMU sees as it opens an image, before any check.
+
+    Raises:
+        RefusedError: it would not open the image.
+    """
     from ..checks.model import InQemu
     from ..checks.runner import OPENING
     from .qemu_check_text import REFUSALS, refusal_order
@@ -137,9 +185,8 @@ def _open(inspection: Inspection, request: Request, totals: Totals) -> None:
     refused = [finding for finding in found if finding.qemu is InQemu.REFUSES]
     if refused:
         first = min(refused, key=lambda finding: refusal_order(finding, inspection))
-        raise RefusedError(f"Could not open '{request.image}': {REFUSALS[first.code](first, inspection)}")
-    for finding in found:
-        _count(finding, inspection, totals)
+        raise RefusedError(f"Could not open '{name}': {REFUSALS[first.code](first, inspection)}")
+    return found
 
 
 def _warn_of_detached(view: View) -> None:
@@ -158,22 +205,37 @@ def _warn_of_detached(view: View) -> None:
     sys.stderr.write("Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.")
 
 
-def _check(inspection: Inspection, totals: Totals) -> View:
-    """Run the check; stops where qemu-img gives up."""
+def check(inspection: Inspection, found: list[Finding], totals: Totals) -> None:
+    """Check an image that has been opened; stops where qemu-img gives up.
+
+    Args:
+        found: what has been found as it was opened.
+    """
     from ..checks.runner import CHECKING
 
-    assert inspection.view is not None
+    for finding in found:
+        _count(finding, inspection, totals)
     for finding in inspection.findings(CHECKING) if totals.failure is None else ():
         _count(finding, inspection, totals)
         if totals.failure is not None:
-            break
-    return inspection.view
+            return
+    assert inspection.view is not None
+    totals.allocation, totals.clusters = inspection.view.allocation, disk_clusters(inspection.view)
+
+
+def give_up(finding: Finding, inspection: Inspection, totals: Totals) -> None:
+    """Say what ends the check."""
+    from .qemu_check_text import FAILED as INVALID
+    from .qemu_check_text import FAILURES
+
+    explain = FAILURES.get(finding.code)
+    said, totals.failure = explain(finding, inspection) if explain is not None else ((), INVALID)
+    totals.say(said)
 
 
 def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
     from ..checks.model import InQemu
-    from .qemu_check_text import FAILED as INVALID
-    from .qemu_check_text import FAILURES, lines, unreadable_block
+    from .qemu_check_text import lines, unreadable_block
 
     match finding.qemu:
         case InQemu.CORRUPTION:
@@ -186,24 +248,25 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
                 totals.corruption_signaled = True
             totals.errors += finding.count
         case InQemu.FAILS:
-            explain = FAILURES.get(finding.code)
-            said, totals.failure = explain(finding, inspection) if explain is not None else ((), INVALID)
-            totals.say(said)
+            give_up(finding, inspection, totals)
             return
         case _:
             return
     totals.say(lines(finding))
 
 
-def _json(request: Request, totals: Totals, view: View) -> str:
-    allocation = view.allocation
+def _json(request: Request, totals: Totals) -> str:
+    allocation = totals.allocation
+    assert allocation is not None
     fields = {
         "image-end-offset": allocation.image_end_offset,
         "compressed-clusters": allocation.compressed,
-        "total-clusters": _total(view),
+        "total-clusters": totals.clusters,
         "corruptions": totals.corruptions,
+        "corruptions-fixed": totals.corruptions_fixed,
         "check-errors": totals.errors,
         "leaks": totals.leaks,
+        "leaks-fixed": totals.leaks_fixed,
         "allocated-clusters": allocation.allocated,
         "filename": request.image,
         "format": "qcow2",
@@ -234,7 +297,16 @@ def _quoted(text: str) -> str:
     return f'"{"".join(units)}"'
 
 
-def _human(totals: Totals, view: View) -> str:
+def _fixed(totals: Totals) -> str:
+    return (
+        "The following inconsistencies were found and repaired:\n\n"
+        f"    {totals.leaks_fixed} leaked clusters\n"
+        f"    {totals.corruptions_fixed} corruptions\n\n"
+        "Double checking the fixed image now..."
+    )
+
+
+def _human(totals: Totals) -> str:
     text = []
     if totals.corruptions:
         text += [
@@ -250,7 +322,8 @@ def _human(totals: Totals, view: View) -> str:
         text.append(f"\n{totals.errors} internal errors have occurred during the check.")
     if not text:
         text.append("No errors were found on the image.")
-    allocation, total = view.allocation, _total(view)
+    allocation, total = totals.allocation, totals.clusters
+    assert allocation is not None
     if total and allocation.allocated:
         used = allocation.allocated
         text.append(
@@ -263,6 +336,6 @@ def _human(totals: Totals, view: View) -> str:
     return "\n".join(text)
 
 
-def _total(view: View) -> int:
+def disk_clusters(view: View) -> int:
     """Clusters of the virtual disk, in whole sectors as QEMU sees it."""
     return view.geometry.clusters(view.geometry.virtual_size & -512)

@@ -12,7 +12,7 @@ import typer
 
 from ..checks.model import RepairClass, Report
 from ..errors import OutdatedPlanError, UsageError
-from ..repair.model import Policy, Salvage, Scope, Step
+from ..repair.model import RepairPolicy, Salvage, Scope, Step
 from ..repair.session import Repair, default_undo, repairing
 from .committing import committing
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption
@@ -58,6 +58,20 @@ LayerOption = Annotated[
     typer.Option(
         "--layer-is-newer", help="For allocated: your word that the image is no older than the bitmap.",
         show_default=False,
+    ),
+]  # fmt: skip
+StartOption = Annotated[
+    bool,
+    typer.Option(
+        "--snapshot-is-start", help="For snapshot: your word that it was taken just when the bitmap began.",
+        show_default=False,
+    ),
+]  # fmt: skip
+StaleOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stale/--no-stale", help="Unite salvaged bits with the stale ones on the disk.",
+        show_default="as is right for the policy",
     ),
 ]  # fmt: skip
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", show_default=False)]
@@ -111,6 +125,8 @@ def repair(
     against: AgainstOption = None,
     snapshot: SnapshotOption = None,
     layer_is_newer: LayerOption = False,
+    snapshot_is_start: StartOption = False,
+    stale: StaleOption = None,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
     interactive: InteractiveOption = False,
@@ -130,15 +146,15 @@ def repair(
 
     Policies for --in-use and --detached: keep, remove, all-dirty, allocated, rebuild, snapshot.
     """
-    policy = Policy(
+    policy = RepairPolicy(
         RepairClass(allow.value), frozenset(only or ()), in_use, detached, against, snapshot,
-        layer_is_newer=layer_is_newer, keeps_undo=not no_undo,
+        layer_is_newer=layer_is_newer, snapshot_is_start=snapshot_is_start, keep_stale=stale, keeps_undo=not no_undo,
     )  # fmt: skip
     manner = Manner(
         dry_run or plan is not None, yes, interactive, undo, plan, None, frozenset(), not no_lock, output, progress
     )
     if apply is not None:
-        if policy != Policy(keeps_undo=not no_undo) or interactive or dry_run or plan is not None:
+        if policy != RepairPolicy(keeps_undo=not no_undo) or interactive or dry_run or plan is not None:
             raise UsageError("--apply carries out a plan as it was saved", hint="leave the options that make a plan")
         policy, expected, declined = load_plan(apply, keeps_undo=not no_undo)
         manner = replace(manner, expected=expected, declined=declined)
@@ -149,7 +165,7 @@ def repair(
     return report.exit_status
 
 
-def _require_sense(policy: Policy, manner: Manner) -> None:
+def _require_sense(policy: RepairPolicy, manner: Manner) -> None:
     """Refuse options that contradict each other, before anything is opened.
 
     Raises:
@@ -166,6 +182,8 @@ def _require_sense(policy: Policy, manner: Manner) -> None:
     ):
         if (value is not None) != (wanted in salvages):
             raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
+    if policy.snapshot_is_start and Salvage.SNAPSHOT not in salvages:
+        raise UsageError("--snapshot-is-start goes with the policy snapshot")
     if policy.layer_is_newer and Salvage.ALLOCATED not in salvages:
         raise UsageError("--layer-is-newer goes with the policy allocated")
     if salvages != (Salvage.KEEP, Salvage.KEEP) and not policy.covers(Scope.BITMAPS):
@@ -182,7 +200,7 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def run(image: Path, policy: Policy, manner: Manner) -> tuple[dict[str, object], Report]:
+def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, object], Report]:
     """Repair one image; what happened as a JSON object, and what a check finds afterwards.
 
     Raises:
@@ -212,7 +230,7 @@ def run(image: Path, policy: Policy, manner: Manner) -> tuple[dict[str, object],
         return _finish(session, image, policy, manner)
 
 
-def _finish(session: Repair, image: Path, policy: Policy, manner: Manner) -> tuple[dict[str, object], Report]:
+def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, object], Report]:
     """Show the plan, ask, carry it out, and say what came of it."""
     human = manner.output is Output.HUMAN
     if human:

@@ -8,10 +8,10 @@ from pathlib import Path
 from ..checks.model import RepairClass, Report, Severity
 from ..repair.model import Edit, RepairPlan, Step
 from ..repair.session import Repair
-from .check import verdict
 from .output import JsonObject
 from .sizes import human_size
 from .terminal import painted, printable
+from .verdicts import verdict
 
 _SHOWN = 6
 """Edits and guest ranges of a step that are shown for reading."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..checks.model import RepairClass
 from ..errors import UsageError
-from ..repair.model import Policy, Salvage, Scope
+from ..repair.model import RepairPolicy, Salvage, Scope
 from ..repair.session import Repair
 from .repair_output import repair_json
 
@@ -23,7 +23,7 @@ _VERSION = 1
 _LARGEST = 1 << 30
 
 
-def save_plan(path: Path, session: Repair, policy: Policy, declined: frozenset[str], image: Path) -> None:
+def save_plan(path: Path, session: Repair, policy: RepairPolicy, declined: frozenset[str], image: Path) -> None:
     """Write a plan to a new file.
 
     Raises:
@@ -41,6 +41,8 @@ def save_plan(path: Path, session: Repair, policy: Policy, declined: frozenset[s
             "against": None if policy.against is None else str(policy.against.resolve()),
             "snapshot": policy.snapshot,
             "layer-is-newer": policy.layer_is_newer,
+            "snapshot-is-start": policy.snapshot_is_start,
+            "keep-stale": policy.keep_stale,
             "keeps-undo": policy.keeps_undo,
         },
         "declined": sorted(declined),
@@ -59,7 +61,7 @@ def save_plan(path: Path, session: Repair, policy: Policy, declined: frozenset[s
 class Loaded(NamedTuple):
     """A saved plan: its policy, what it must come to, and the titles of steps that are not to be taken."""
 
-    policy: Policy
+    policy: RepairPolicy
     fingerprint: str
     declined: frozenset[str]
 
@@ -76,7 +78,7 @@ def load_plan(path: Path, *, keeps_undo: bool) -> Loaded:
             raise ValueError
         said = document["policy"]
         against = said["against"]
-        policy = Policy(
+        policy = RepairPolicy(
             RepairClass(said["allow"]),
             frozenset(Scope(name) for name in said["only"]),
             Salvage(said["in-use"]),
@@ -84,6 +86,8 @@ def load_plan(path: Path, *, keeps_undo: bool) -> Loaded:
             None if against is None else Path(against),
             None if said["snapshot"] is None else str(said["snapshot"]),
             layer_is_newer=bool(said["layer-is-newer"]),
+            snapshot_is_start=bool(said["snapshot-is-start"]),
+            keep_stale=None if said["keep-stale"] is None else bool(said["keep-stale"]),
             keeps_undo=bool(said["keeps-undo"]),
         )
         declined = frozenset(map(str, document["declined"]))

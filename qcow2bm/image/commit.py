@@ -35,7 +35,7 @@ from .image import Qcow2Image
 from .plan import Plan, Stage, Write
 
 if TYPE_CHECKING:
-    from .undo import UndoWriter
+    from .undo_writer import UndoWriter
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -47,7 +47,7 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
     """Carry out a plan on an image opened for writing.
 
     Args:
-        undo: keep what is replaced in this file, which must not exist yet.
+        undo: keep what is replaced, and what the plan wants kept, in this file, which must not exist yet.
 
     Raises:
         UsageError: the image is open read-only.
@@ -71,7 +71,7 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
         writer = _undo_writer(file, plan, undo)
-        engine = _Engine(file, plan, progress)
+        engine = _Engine(file, plan, progress, writer)
         try:
             engine.run()
         except BaseException:
@@ -90,7 +90,7 @@ def _require_as_planned(file: ImageFile, plan: Plan) -> None:
         if write.old is None or changed:
             continue
         # Where two stages rewrite a place, the second expects what the first leaves.
-        now = bytearray(file.read_at(write.offset, write.length))
+        now = bytearray(file.read_padded(write.offset, write.length))
         neighbours = earlier.setdefault(write.offset // plan.cluster_size, [])
         for other in neighbours:
             _overlay(now, write.offset, other)
@@ -118,9 +118,9 @@ def _require_space(file: ImageFile, plan: Plan) -> None:
 def _undo_writer(file: ImageFile, plan: Plan, path: Path | None) -> UndoWriter | None:
     if path is None:
         return None
-    from .undo import UndoWriter  # rarely needed, and its structures take time to declare
+    from .undo_writer import UndoWriter  # rarely needed, and its structures take time to declare
 
-    return UndoWriter.create(path, file, plan.stages, plan.size_after)
+    return UndoWriter.create(path, file, plan.stages, plan.size_after, plan.kept)
 
 
 class _Kept:
@@ -157,9 +157,10 @@ class _Kept:
 class _Engine:
     """One run of a plan."""
 
-    def __init__(self, file: ImageFile, plan: Plan, progress: Progress | None) -> None:
+    def __init__(self, file: ImageFile, plan: Plan, progress: Progress | None, undo: UndoWriter | None) -> None:
         self._file = file
         self._plan = plan
+        self._undo = undo
         self._progress = progress
         self._total = plan.bytes_written
         self._done: list[list[tuple[Write, Callable[[], bytes]]]] = []
@@ -194,19 +195,25 @@ class _Engine:
 
     def _keep_journal(self, stage: Stage) -> None:
         # A device has no place beside it that outlives a crash: there the user's undo file is the journal.
-        if stage.journaled and self._journal is None and not self._file.is_device:
-            from .undo import UndoWriter
+        if not stage.journaled or self._journal is not None or self._file.is_device:
+            return
+        journal, plan = self._file.journal, self._plan
+        # Where all stages are journaled the undo file says the same as the journal would: a second name makes it both.
+        if self._undo is not None and len(plan.journaled) == len(plan.stages) and self._undo.link(journal):
+            self._journal = self._undo
+            return
+        from .undo_writer import UndoWriter
 
-            self._journal = UndoWriter.create(self._file.journal, self._file, self._plan.journaled, self._file.size)
+        self._journal = UndoWriter.create(journal, self._file, plan.journaled, plan.size_after)
 
     def _drop_journal(self) -> None:
-        if self._journal is not None:
-            journal, self._journal = self._journal, None
+        journal, self._journal = self._journal, None
+        if journal is not None and journal is not self._undo:  # `commit` ends the undo file, and with it that name
             journal.discard()
 
     def _write(self, stage: Stage) -> None:
         for write in stage.writes:
-            if write.old is not None and self._file.read_at(write.offset, write.length) != write.old:
+            if write.old is not None and self._file.read_padded(write.offset, write.length) != write.old:
                 raise OutdatedPlanError(f"the image has changed at {write.offset:#x} since the change was planned")
             # Noted first: a write that fails may have written some of it.
             self._done[-1].append((write, self._kept.keep(self._old(write))))
@@ -229,7 +236,7 @@ class _Engine:
                 for write, old in reversed(writes):
                     before = old()
                     # Where nothing was written nothing may be: on a full disk even zeroes do not fit into a hole.
-                    if before and self._file.read_at(write.offset, len(before)) != before:
+                    if before and self._file.read_padded(write.offset, len(before)) != before:
                         self._file.write_at(write.offset, before)
                 self._file.barrier()
             if self._file.size > self._plan.size_before:

@@ -31,6 +31,14 @@ class _Below(NamedTuple):
     page: int
 
 
+class Mark(NamedTuple):
+    """A state of an overlay."""
+
+    size: int
+    changed: tuple[int, ...]
+    pages: dict[int, bytes | int | _Below]
+
+
 class OverlayFile(ImageFile):
     """An image file with changes that nobody else sees. Its descriptor, and so its locks, are the base's.
 
@@ -46,6 +54,11 @@ class OverlayFile(ImageFile):
         self._pages: dict[int, bytes | int | _Below] = {}
         self._spill: IO[bytes] | None = None
         self._spilled = 0
+
+    @property
+    def is_changed(self) -> bool:
+        """True once anything has been written to it."""
+        return bool(self._pages) or self.size != self.base.size
 
     @property
     def present(self) -> int:
@@ -121,6 +134,14 @@ class OverlayFile(ImageFile):
         """Extend the file; an overlay never shrinks."""
         self.size = max(self.size, size)
 
+    def mark(self) -> Mark:
+        """The state as it is now, for `rewind`."""
+        return Mark(self.size, tuple(self._changed), dict(self._pages))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what has been written since a mark."""
+        self.size, self._changed, self._pages = mark.size, list(mark.changed), dict(mark.pages)
+
     # The plan
 
     def plan(
@@ -160,7 +181,7 @@ class OverlayFile(ImageFile):
         if len(stages) > 1 or (header and not fits_a_sector(header)):
             stages = _marked(image, stages)
         return Plan(
-            size, self.base.size, self.size, tuple(stages), commit_stage=max(0, len(stages) - 1), summary=summary, kept=kept
+            size, self.base.size, self.size, tuple(stages), max(0, len(stages) - 1), summary=summary, kept=kept
         )  # fmt: skip
 
     def _differing(self, cluster_size: int) -> Iterator[tuple[int, int]]:
@@ -218,16 +239,15 @@ class OverlayFile(ImageFile):
         return os.pread(self._spill.fileno(), _PAGE, content)
 
     def _store(self, page: int, content: bytes) -> None:
-        there = self._pages.get(page)
-        if there is None:
+        if page not in self._pages:
             insort(self._changed, page)
-        if isinstance(there, int) or len(self._pages) * _PAGE > _IN_MEMORY:
+        if len(self._pages) * _PAGE > _IN_MEMORY:
             if self._spill is None:
                 self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
-            place = there if isinstance(there, int) else self._spilled
-            self._spilled += _PAGE if place == self._spilled else 0
-            os.pwrite(self._spill.fileno(), content, place)
-            self._pages[page] = place
+            # Always behind what is there: a mark may still need the old content.
+            os.pwrite(self._spill.fileno(), content, self._spilled)
+            self._pages[page] = self._spilled
+            self._spilled += _PAGE
         else:
             self._pages[page] = content
 

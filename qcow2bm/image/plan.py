@@ -86,6 +86,21 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A range of the file whose bytes the undo file keeps although nothing overwrites them.
+
+    Offset and length are in bytes of the file as it is before the plan; what lies past its end is not kept.
+
+    Attributes:
+        label: what it is, for whoever asked for it: the undo file only gives it back.
+    """
+
+    label: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, and what the image is before and after.
 
@@ -96,6 +111,7 @@ class Plan:
         size_after: the same once the plan is done.
         freed: numbers of the clusters that nothing uses any more then.
         summary: what the change does, a line per edit.
+        kept: what the undo file keeps beside all that the plan overwrites.
     """
 
     cluster_size: int
@@ -105,6 +121,7 @@ class Plan:
     commit_stage: int = 0
     freed: frozenset[int] = field(default_factory=frozenset)
     summary: tuple[str, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.stages)

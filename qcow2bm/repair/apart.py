@@ -66,6 +66,7 @@ class _Separation:
         self._occupied: Counter[int] = Counter()
         self._streamed: set[int] = set()
         self._claimed: set[int] = set()
+        self._pending: list[tuple[int, bytes, str]] = []
         self._copied = 0
         self._filter: ClusterFilter | None = None
 
@@ -80,6 +81,9 @@ class _Separation:
             self._note_streams(table)
         for table in tables:
             self._separate(table)
+        # Only now, when everything has been copied: an L1 table may lie where guest data does.
+        for offset, data, purpose in self._pending:
+            self._write(offset, data, purpose)
         if self._copied:
             step.title = f"copy {self._copied} shared clusters apart"
 
@@ -124,7 +128,7 @@ class _Separation:
 
     def _point_l1(self, root: Root, index: int, offset: int) -> None:
         flag = COPIED if root.snapshot is None else 0
-        self._write(root.offset + 8 * index, (offset | flag).to_bytes(8, "big"), f"L1 entry {index}")
+        self._pending.append((root.offset + 8 * index, (offset | flag).to_bytes(8, "big"), f"L1 entry {index}"))
 
     # Entries
 
@@ -171,7 +175,8 @@ class _Separation:
     def _point(self, table: _Table, index: int, entry: L2Entry) -> None:
         words = (entry.value, entry.bitmap)[: self._geometry.l2_entry_words]
         data = b"".join(word.to_bytes(8, "big") for word in words)
-        self._write(table.offset + index * self._geometry.l2_entry_size, data, f"L2 entry {index}")
+        place = table.offset + index * self._geometry.l2_entry_size
+        self._pending.append((place, data, f"L2 entry {index}"))
 
     def _write(self, offset: int, data: bytes, purpose: str) -> None:
         """Change an entry of a table that stays: whatever guest data shared its cluster moves."""

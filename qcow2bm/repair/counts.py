@@ -101,7 +101,10 @@ def lowered(shop: Workshop) -> Iterator[Proposal]:
             yield step, partial(_set, shop, own)
         if foreign:
             count = sum(run.clusters for run in foreign)
-            yield Step(f"{title} ({count})", kind, Scope.LEAKS, {code: count}), partial(_set, shop, foreign)
+            step = Step(f"{title} ({count})", kind, Scope.LEAKS, {code: count})
+            if code == "leak-unproven":
+                step.refused = "what may have cut them off is still there"
+            yield step, partial(_set, shop, foreign)
 
 
 class _Run(NamedTuple):

@@ -14,6 +14,8 @@ from ..format.faults import Weight
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MIN_GRANULARITY_BITS
 
 _ALIGNMENT = 8
+SHARED_CLUSTERS = "something else uses its clusters too"
+"""Why a bitmap is broken that breaks no rule of the format by itself."""
 
 
 @dataclass(slots=True)
@@ -137,5 +139,5 @@ def _why_broken(
         return "its table is another bitmap's"
     for reference in bitmap.references() if shared else ():
         if any(start < reference.offset + reference.length and reference.offset < end for start, end in shared):
-            return "something else uses its clusters too"
+            return SHARED_CLUSTERS
     return None

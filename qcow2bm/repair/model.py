@@ -37,7 +37,7 @@ class Salvage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class RepairPolicy:
     """What a repair may do.
 
     Attributes:
@@ -48,6 +48,8 @@ class Policy:
         against: the older copy of the disk that `Salvage.REBUILD` compares with.
         snapshot: id or name of the internal snapshot that `Salvage.SNAPSHOT` compares with.
         layer_is_newer: the user's word that the image was made after the bitmap began, for `Salvage.ALLOCATED`.
+        snapshot_is_start: the user's word that the snapshot was taken at the very moment the bitmap began.
+        keep_stale: unite salvaged bits with those on the disk; None for what is right for the policy.
         keeps_undo: an undo file is written, so that nothing that is taken out of the image is lost.
     """
 
@@ -58,7 +60,14 @@ class Policy:
     against: Path | None = None
     snapshot: str | None = None
     layer_is_newer: bool = False
+    snapshot_is_start: bool = False
+    keep_stale: bool | None = None
     keeps_undo: bool = True
+
+    @classmethod
+    def lossless(cls, only: str | None = None) -> RepairPolicy:
+        """All that nothing is lost by, or that of one part."""
+        return cls(only=frozenset() if only is None else frozenset({Scope(only)}))
 
     def covers(self, scope: Scope | None) -> bool:
         """True if steps of this part are wanted."""
@@ -131,3 +140,8 @@ class RepairPlan:
     steps: tuple[Step, ...]
     refused: tuple[Step, ...]
     plan: Plan
+
+    def __str__(self) -> str:
+        lines = [f"{step.title} [{step.kind.value}]" for step in self.steps] or ["nothing to do"]
+        lines += [f"not done: {step.title} [{step.kind.value}]: {step.refused}" for step in self.refused]
+        return "\n".join(lines)

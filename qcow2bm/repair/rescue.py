@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 from ..bitmap import header_area
+from ..bitmap.quarantine import keep
 from ..bitmap.store import StoredBitmap
+from ..checks.lost import Leaked, LostDirectory, lost_directories
 from ..checks.model import Finding, RepairClass
 from ..errors import CorruptImageError
 from ..format.bitmap_directory import BitmapEntry
+from ..format.entries import ALL_ONES, BitmapTableEntry
 from ..format.extensions import BITMAPS_LENGTH, HEAD_LENGTH, BitmapsExtension, ExtensionArea, ExtensionType
 from ..format.geometry import round_up
 from ..format.header import AUTOCLEAR_FIELD, KNOWN_AUTOCLEAR, Autoclear
@@ -23,14 +27,9 @@ from ..format.limits import MAX_BITMAP_NAME
 from ..format.text import decode_name
 from ..image.header_draft import HeaderDraft
 from ..image.plan import Kept
-from .listing import Listing, list_entries
+from .listing import SHARED_CLUSTERS, Listing, list_entries
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
-
-
-def keep(*_: object) -> tuple[Kept, ...]:
-    return ()
-
 
 _DIRECTORY = (
     "bitmaps-count",
@@ -126,13 +125,22 @@ def _correct_length(shop: Workshop) -> None:
 
 def _directory(shop: Workshop) -> Iterator[Proposal]:
     """Bitmaps that cannot stay go, those that can be mended are."""
+    if places := _doubtful_chunks(shop):
+        names = ", ".join(sorted({f"'{bitmap.name}'" for bitmap, _ in places}))
+        title = f"mark as dirty what lies in clusters that something else uses too: {len(places)} parts of {names}"
+        yield _step(title, shop.found("bitmap-clusters-shared")), partial(_mark_dirty, shop, places)
     broken = shop.found(*_DIRECTORY, *_OF_ONE)
     pointer = _pointer(shop)
     if broken and pointer is not None:
         damaged = bool(shop.found(*_DIRECTORY))
         listing = list_entries(shop.view, pointer, attached=True, damaged=damaged, shared=_shared(shop))
         if not listing.sound and not listing.broken:
-            yield _dropping(shop, broken), partial(_drop_extension, shop)
+            lost = _lost_directory(shop, pointer)
+            if lost is not None:
+                title = f"point the bitmaps extension to the directory, which was found at {lost.offset:#x}"
+                yield _step(title, broken), partial(_point_to, shop, lost)
+            else:
+                yield _dropping(shop, broken), partial(_drop_extension, shop)
         elif listing.broken or listing.is_damaged:
             title = "write the bitmap directory anew with the entries that are sound"
             if listing.broken:
@@ -141,6 +149,27 @@ def _directory(shop: Workshop) -> Iterator[Proposal]:
             yield _step(title, broken, _quarantine_class(shop)), partial(_quarantine, shop, pointer, listing)
     if found := shop.found(*_NAMES):
         yield _step("give bitmaps that cannot be told apart names of their own", found), partial(_rename, shop)
+
+
+def _lost_directory(shop: Workshop, pointer: BitmapsExtension) -> LostDirectory | None:
+    """The directory that the extension should name, if there is no doubt about it.
+
+    It must be the only one that nothing refers to, and as long as the extension says: a change that was cut short may
+    have left an older one, but then the newer one is there too.
+    """
+    found = list(islice(lost_directories(shop.view, Leaked(shop.view.leaks)), 2))
+    if len(found) != 1:
+        return None
+    (lost,) = found
+    right = (len(lost.entries), lost.size) == (pointer.nb_bitmaps, pointer.bitmap_directory_size)
+    return lost if right else None
+
+
+def _point_to(shop: Workshop, lost: LostDirectory) -> None:
+    extension = shop.image.extensions.find(ExtensionType.BITMAPS)
+    assert extension is not None, "something was found in it"
+    pointer = BitmapsExtension(len(lost.entries), lost.size, lost.offset)
+    shop.write(extension.data_offset, pointer.build(), "bitmaps extension")
 
 
 def _pointer(shop: Workshop) -> BitmapsExtension | None:
@@ -160,10 +189,37 @@ def _shared(shop: Workshop) -> list[tuple[int, int]]:
     ]
 
 
+def _doubtful_chunks(shop: Workshop) -> list[tuple[StoredBitmap, int]]:
+    """Sound bitmaps of which a data cluster, and not the table, has another use: each with the index of the entry.
+
+    What the other owner has written there are no bits, so nobody knows which are set.
+    """
+    if not shop.found("bitmap-clusters-shared"):
+        return []
+    found: list[tuple[StoredBitmap, int]] = []
+    geometry = shop.view.geometry
+    for bitmap in shop.view.directory.bitmaps:
+        offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
+        if bitmap.fault is not None:
+            continue
+        clusters = range(geometry.cluster_of(offset), geometry.cluster_of(offset + length - 1) + 1)
+        if all(shop.owns(geometry.offset_of(cluster)) for cluster in clusters):
+            offsets = enumerate(BitmapTableEntry(value).offset for value in bitmap.table)
+            found += [(bitmap, index) for index, offset in offsets if offset and not shop.owns(offset)]
+    return found
+
+
+def _mark_dirty(shop: Workshop, places: list[tuple[StoredBitmap, int]]) -> None:
+    for bitmap, index in places:
+        entry = bitmap.entry.bitmap_table_offset + 8 * index
+        shop.write(entry, ALL_ONES.to_bytes(8, "big"), f"table of bitmap '{bitmap.name}': entry {index}")
+
+
 def _quarantine(shop: Workshop, pointer: BitmapsExtension, listing: Listing) -> None:
     geometry = shop.view.geometry
-    for index, (bitmap, _) in enumerate(listing.broken):
-        shop.kept.extend(keep(bitmap, index))
+    for bitmap, why in listing.broken:
+        if _is_as_it_was(shop, bitmap):
+            shop.kept.extend(keep(bitmap, why=why, doubtful=why == SHARED_CLUSTERS))
         for reference in bitmap.references():
             if 0 < reference.length <= shop.file.base.size - reference.offset:
                 first, last = (geometry.cluster_of(reference.offset + at) for at in (0, reference.length - 1))
@@ -171,6 +227,11 @@ def _quarantine(shop: Workshop, pointer: BitmapsExtension, listing: Listing) -> 
     if listing.is_damaged and 0 < listing.size <= shop.file.base.size - pointer.bitmap_directory_offset:
         shop.kept.append(Kept("bitmap directory", pointer.bitmap_directory_offset, listing.size))
     _write_directory(shop, [bitmap.entry for bitmap in listing.sound], pointer, listing.size)
+
+
+def _is_as_it_was(shop: Workshop, bitmap: StoredBitmap) -> bool:
+    """False if an earlier step has moved its entry: what the undo file keeps is the image before all steps."""
+    return shop.file.base.read_padded(bitmap.place, bitmap.entry.size) == bitmap.entry.build()
 
 
 def _write_directory(shop: Workshop, entries: list[BitmapEntry], pointer: BitmapsExtension, old_size: int) -> None:

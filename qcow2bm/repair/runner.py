@@ -12,7 +12,7 @@ from ..image.file import ImageFile
 from ..image.overlay import OverlayFile
 from ..image.plan import Plan
 from . import apart, counts, entries, fields, flags, rescue, revive, snapshots
-from .model import Policy, Proposal, RepairPlan, Step
+from .model import Proposal, RepairPlan, RepairPolicy, Scope, Step
 from .workshop import Workshop
 
 Phase = Callable[[Workshop], Iterator[Proposal]]
@@ -34,18 +34,19 @@ PHASES: tuple[Phase, ...] = (
 """What is mended, in this order: first what says where things are, then what things are, then how often they are
 used, at last what vouches for all of it."""
 
+_BUILT_ON_MAPPING = (Scope.MAPPINGS, Scope.REFCOUNTS, Scope.LEAKS)
 _ROUNDS = 4
 """Times that the phases are gone through: mending one thing may show another."""
 
 
-def plan_repair(
-    file: ImageFile,
-    policy: Policy,
+def work_out(
+    overlay: OverlayFile,
+    policy: RepairPolicy,
     *,
     ask: Ask = lambda _: True,
     progress: Progress = lambda _done, _total: None,
 ) -> RepairPlan:
-    """Work out a repair of an open image. Nothing is written.
+    """Work out a repair of an open image. Nothing is written but to the overlay, which the plan's writes are read from.
 
     Args:
         ask: is asked about every step that the policy allows, before it is worked out.
@@ -55,11 +56,10 @@ def plan_repair(
         NotQcow2Error, UnsupportedImageError: it is no image that can be judged.
         ImageIOError: the operating system refused.
     """
-    before = check_file(file, limit=DEFAULT_LIMIT, progress=progress)
-    overlay = OverlayFile(file)
+    before = check_file(overlay.base, limit=DEFAULT_LIMIT, progress=progress)
     shop = Workshop(overlay, policy, progress)
     if not shop.is_readable:
-        return RepairPlan(before, before, (), (), _nothing(file))
+        return RepairPlan(before, before, (), (), _nothing(overlay.base))
     done, refused = _go_through(shop, _asked_once(ask))
     if done:
         _clear_unknown_autoclear(shop, done)
@@ -104,6 +104,8 @@ def _go_through(shop: Workshop, ask: Ask) -> tuple[list[Step], list[Step]]:
 def _take(shop: Workshop, step: Step, take: Callable[[], object], ask: Ask) -> bool:
     """Take a step if it is allowed and can be taken; False, with the reason in the step, if not."""
     policy = shop.policy
+    if step.scope in _BUILT_ON_MAPPING and step.refused is None:
+        step.refused = shop.mapping_doubt
     if step.refused is None and not policy.covers(step.scope):
         step.refused = "not what was asked for (--only)"
     if step.refused is None and not policy.allows(step.kind):

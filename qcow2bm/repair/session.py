@@ -16,9 +16,10 @@ from ..errors import naming
 from ..image.commit import carry_out
 from ..image.file import ImageFile
 from ..image.image import settle_interrupted, take_locks
+from ..image.overlay import OverlayFile
 from ..image.plan import Plan
-from .model import Policy, RepairPlan
-from .runner import Ask, plan_repair
+from .model import RepairPlan, RepairPolicy
+from .runner import Ask, work_out
 
 UNDO_SUFFIX = ".qcow2bm-undo"
 
@@ -70,7 +71,7 @@ def _fingerprint(plan: Plan, state: str) -> str:
 @contextlib.contextmanager
 def repairing(
     path: str | os.PathLike[str],
-    policy: Policy | None = None,
+    policy: RepairPolicy | None = None,
     *,
     writable: bool = True,
     use_locks: bool = True,
@@ -92,16 +93,19 @@ def repairing(
         InterruptedChangeError: a change was cut short, and the image is opened as a reader's.
         UndoError: the journal of such a change is damaged, or the image is not as the crash left it.
     """
-    file = ImageFile.open(path, writable=writable)
-    try:
-        with naming(file.path):
-            if use_locks:
-                take_locks(file, writable=writable, force_share=False)
-            rolled_back = settle_interrupted(file, writable=writable)
-            plan = plan_repair(file, policy or Policy(), ask=ask, progress=progress)
+    with contextlib.closing(ImageFile.open(path, writable=writable)) as file, naming(file.path):
+        if use_locks:
+            take_locks(file, writable=writable, force_share=False)
+        rolled_back = settle_interrupted(file, writable=writable)
+        with contextlib.closing(OverlayFile(file)) as overlay:
+            plan = work_out(overlay, policy or RepairPolicy(), ask=ask, progress=progress)
             yield Repair(file, plan, rolled_back)
-    finally:
-        file.close()
+
+
+def plan_repair(path: str | os.PathLike[str], policy: RepairPolicy | None = None) -> RepairPlan:
+    """What a repair would do, for reading: nothing is written. Raises as `repairing`."""
+    with repairing(path, policy, writable=False) as session:
+        return session.plan
 
 
 def default_undo(path: Path) -> Path:

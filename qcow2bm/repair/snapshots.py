@@ -43,7 +43,8 @@ def snapshots(shop: Workshop) -> Iterator[Proposal]:
         title = "drop the snapshots that cannot be read: " + ", ".join(sorted(str(name) for name in names)[:5])
         yield _step(title, RepairClass.LOSSY, broken), partial(_drop, shop, _indices(shop, broken))
     poor = shop.found("snapshot-incomplete", "snapshot-id")
-    if poor:
+    # What stands past the end of the file, or behind an entry that cannot be read, is no entry to be completed.
+    if poor and not shop.found(*_ALL_LOST, *_TABLE_ENDS):
         yield _step("complete the snapshot table", RepairClass.LOSSLESS, poor), partial(_complete, shop)
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
-from ..checks.model import Finding
+from ..checks.model import Finding, RepairClass
 from ..checks.runner import BEYOND, CHECKING, OPENING, inspect
 from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
@@ -19,10 +19,15 @@ from ..format.header import UNKNOWN_INCOMPATIBLE
 from ..image.image import Qcow2Image
 from ..image.overlay import OverlayFile
 from ..image.plan import Kept, Plan
-from .model import Edit, Policy, Step
+from .model import Edit, RepairPolicy, Step
+from .salvage import Salvaged
 
 _SEARCHED = 1 << 12
 """Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
+_L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
+_NONSENSE = ("l1-entry-reserved", "l2-unaligned", "l2-entry-reserved", "data-unaligned", "zero-unaligned")
+_MUCH = 64
+"""Nonsensical entries that are too many for a small image."""
 _SPARE = 1 << 16
 """Clusters beside twice the disk's that a file may grow to."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
@@ -46,10 +51,13 @@ class Workshop:
         taken: clusters that steps have filled; they were free.
         given_up: clusters that nothing but what steps have taken out of the image used.
         uncounted: refcount blocks that steps have dropped.
+        salvages: bits that were worked out for bitmaps, by name.
         kept: ranges of the image as it was before that the undo file is to keep.
     """
 
-    def __init__(self, file: OverlayFile, policy: Policy, progress: Progress = lambda _done, _total: None) -> None:
+    def __init__(
+        self, file: OverlayFile, policy: RepairPolicy, progress: Progress = lambda _done, _total: None
+    ) -> None:
         self.file = file
         self.policy = policy
         self.blind = False
@@ -57,9 +65,10 @@ class Workshop:
         self.given_up: set[int] = set()
         self.uncounted: set[int] = set()
         self.kept: list[Kept] = []
+        self.salvages: dict[str, Salvaged] = {}
         self._progress = progress
         self._step: Step | None = None
-        self._undo: list[tuple[int, bytes]] = []
+        self._mark = file.mark(), frozenset[int]()
         self._first: Qcow2Image | None = None
         self._seen: View | None = None
         self._is_stale = True
@@ -126,18 +135,43 @@ class Workshop:
         """The image as it is now."""
         return self.view.image
 
+    @property
+    def mapping_doubt(self) -> str | None:
+        """Why nothing may be built upon the mapping, or None.
+
+        An L1 table whose place or length is wrong, or entries most of which are nonsense, are what a damaged field of
+        the header looks like: whatever is written then may be written over what is sound.
+        """
+        lost = self.found(*_L1_DAMAGE)
+        if lost:
+            return f"the active L1 table is damaged ({lost[0].code}), so nobody knows what is mapped where"
+        nonsense = sum(finding.count for finding in self.found(*_NONSENSE))
+        most = max(_MUCH, self.view.allocation.allocated // 8)
+        if nonsense > most and not self.policy.allows(RepairClass.GUESS):
+            return f"{nonsense} entries of the mapping are nonsense: a field of the header may be wrong"
+        return None
+
+    @property
+    def as_found(self) -> Qcow2Image | None:
+        """The image before the repair; None as long as nothing of it has been changed."""
+        first = self._first
+        if first is None or not self.file.is_changed:
+            return None
+        return Qcow2Image(self.file.base, first.head, first.header, first.extensions, locked=True)
+
     # Changing
 
     def begin(self, step: Step) -> None:
         """What is written from now on belongs to this step."""
         self._step = step
-        self._undo = []
+        self._mark = self.file.mark(), frozenset(self.taken)
 
     def take_back(self) -> None:
         """Undo what has been written since the step began."""
-        for offset, old in reversed(self._undo):
-            self.file.write_at(offset, old)
-        self._undo = []
+        mark, taken = self._mark
+        self.file.rewind(mark)
+        self.taken = set(taken)
+        self._is_stale = True
 
     def write(self, offset: int, new: bytes, purpose: str, *, owned: bool = False) -> None:
         """Change bytes; what is the same already is left out.
@@ -154,7 +188,6 @@ class Workshop:
         if not (owned or self.owns(offset)):
             text = f"the cluster at {offset:#x} has a second use, which writing to it would destroy"
             raise ProofError(text, hint="the two must be told apart first")
-        self._undo.append((offset, old))
         self._note(Edit(offset, len(new), old[:_SHOWN], new[:_SHOWN], purpose))
         self.file.write_at(offset, new)
         self._is_stale = True

@@ -1,0 +1,1 @@
+"""Backing chains: what a guest finds on a disk, read offline, and where two disks differ."""

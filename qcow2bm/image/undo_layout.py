@@ -1,0 +1,184 @@
+"""The layout of an undo file: its header, its records, and the ranges that it keeps besides.
+
+Little-endian, each part with its own CRC-32C. First a header of 512 bytes, which a disk writes whole, so that the state
+changes at one moment. Then the records, one for each write of the change: a fixed head, the old bytes (none if they
+were all zero) and, where a structure in use is rewritten, the new ones. Then what is kept although nothing overwrites
+it: the ranges with their labels, and their bytes in pieces, each piece of the file once, whatever ranges it lies in.
+
+Version 1 ends after the records and does not say when it was made; it is read as ever.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple, Self
+
+from construct import Int32ul, Int64sl, Int64ul, Struct
+
+from .plan import SECTOR
+
+
+class State(IntEnum):
+    """How far the change an undo file belongs to has come."""
+
+    IN_PROGRESS = 1
+    COMPLETE = 2
+    UNDONE = 3
+
+
+VERSION = 2
+_MAGIC = {1: b"QCOW2BM undo 1\n\0", VERSION: b"QCOW2BM undo 2\n\0"}
+_FIELDS_1 = {
+    "state": Int32ul,
+    "head_crc": Int32ul,
+    "size_before": Int64ul,
+    "size_after": Int64ul,
+    "mtime_before_ns": Int64sl,
+    "mtime_ns": Int64sl,
+    "records": Int64ul,
+}
+_FIELDS = {1: _FIELDS_1, VERSION: _FIELDS_1 | {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl}}
+
+_RECORD = struct.Struct("<6Q2I")
+_KEPT = struct.Struct("<3Q2I")
+_SEAL = struct.Struct("<I")
+
+
+def crc(data: bytes | memoryview, value: int = 0) -> int:
+    """CRC-32C of `data`, going on from `value`."""
+    from crc32c import crc32c
+
+    return crc32c(data, value)
+
+
+class RecordHead(NamedTuple):
+    """Head of a record; its old bytes and then its new ones follow, and `crc` is over both.
+
+    Attributes:
+        length: bytes that were replaced, as far as the file reached.
+        old_stored: how many of the old bytes follow: none if all were zero.
+        new_stored: how many of the new ones: none of a free cluster that was filled.
+        filled: length of that cluster's new content, of which there is only the checksum `filled_crc`.
+    """
+
+    stage: int
+    offset: int
+    length: int
+    old_stored: int
+    new_stored: int
+    filled: int
+    filled_crc: int
+    crc: int
+
+    @property
+    def body(self) -> int:
+        """Bytes that follow."""
+        return self.old_stored + self.new_stored
+
+    def build(self) -> bytes:
+        """The head and its checksum."""
+        return _sealed(_RECORD.pack(*self))
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Self | None:
+        """The head, or None if it is cut short or its checksum is wrong."""
+        fields = _unsealed(_RECORD, raw)
+        return None if fields is None else cls(*fields)
+
+
+class KeptPart(IntEnum):
+    """What a kept part is: a range, with its label after the head; or a piece, with its bytes, none if all are zero."""
+
+    RANGE = 1
+    PIECE = 2
+
+
+class KeptHead(NamedTuple):
+    """Head of a kept part of `length` bytes of the image; `stored` bytes follow it, and `crc` is over them."""
+
+    offset: int
+    length: int
+    stored: int
+    kind: int
+    crc: int
+
+    @property
+    def body(self) -> int:
+        """Bytes that follow."""
+        return self.stored
+
+    def build(self) -> bytes:
+        """The head and its checksum."""
+        return _sealed(_KEPT.pack(*self))
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Self | None:
+        """The head, or None if it is cut short or its checksum is wrong."""
+        fields = _unsealed(_KEPT, raw)
+        return None if fields is None else cls(*fields)
+
+
+RECORD_SIZE = _RECORD.size + _SEAL.size
+KEPT_SIZE = _KEPT.size + _SEAL.size
+
+
+def _sealed(head: bytes) -> bytes:
+    return head + _SEAL.pack(crc(head))
+
+
+def _unsealed(layout: struct.Struct, raw: bytes) -> tuple[int, ...] | None:
+    if len(raw) != layout.size + _SEAL.size or _SEAL.unpack_from(raw, layout.size) != (crc(raw[: layout.size]),):
+        return None
+    return layout.unpack_from(raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The header of an undo file. Sizes in bytes, times in nanoseconds since 1970.
+
+    Attributes:
+        head_crc: over the first sector of the image after the change.
+        mtime_ns: time stamp of the image after the change; 0 until it is done.
+        records: how many there are.
+        kept: how many kept ranges and pieces there are, `kept_at` being where they start.
+        made_ns: when the file was made; 0 if that is not known.
+    """
+
+    state: State
+    head_crc: int
+    size_before: int
+    size_after: int
+    mtime_before_ns: int
+    mtime_ns: int
+    records: int
+    kept: int = 0
+    kept_at: int = 0
+    made_ns: int = 0
+    version: int = VERSION
+
+    def build(self) -> bytes:
+        """The sector, in the version the file was written in."""
+        layout = _FIELDS[self.version]
+        fields: bytes = Struct(**layout).build({name: int(getattr(self, name)) for name in layout})
+        return (_MAGIC[self.version] + fields + _SEAL.pack(crc(fields))).ljust(SECTOR, b"\0")
+
+    @classmethod
+    def parse(cls, sector: bytes) -> Summary | None:
+        """The header in the first sector of an undo file; None if its checksum is wrong.
+
+        Raises:
+            ValueError: it is none.
+        """
+        version = next((number for number, magic in _MAGIC.items() if sector.startswith(magic)), None)
+        if version is None or len(sector) < SECTOR:
+            raise ValueError
+        layout = Struct(**_FIELDS[version])
+        start = len(_MAGIC[version])
+        end = start + layout.sizeof()
+        if _SEAL.unpack_from(sector, end) != (crc(sector[start:end]),):
+            return None
+        found = dict(layout.parse(sector[start:end]))
+        del found["_io"]
+        return cls(**found | {"state": State(found["state"]), "version": version})

@@ -1,0 +1,260 @@
+"""Reading an undo file: its header, its records, and what it keeps. Nothing is believed before its checksum is right.
+
+Bytes are read from the file each time they are asked for: an undo file may be as large as what it undoes.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self, TypeVar
+
+from ..errors import UndoError
+from .plan import SECTOR, Kept
+from .undo_layout import KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc
+
+_PIECE = 1 << 20
+Head = TypeVar("Head", RecordHead, KeptHead)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What one write of the change replaced. Offset and lengths are in bytes of the image.
+
+    Attributes:
+        stage: number of its stage.
+        length: bytes that were replaced, as far as the file reached.
+        old_at: where the old bytes are in the undo file; None if they were all zero.
+        new_at: where the new ones are; None for a free cluster that was filled.
+        filled: length of that cluster's new content, whose checksum is `filled_crc`.
+    """
+
+    stage: int
+    offset: int
+    length: int
+    old_at: int | None
+    new_at: int | None
+    filled: int
+    filled_crc: int
+
+    @property
+    def end(self) -> int:
+        """Offset after the last byte that was replaced."""
+        return self.offset + self.length
+
+
+class UndoReader:
+    """An open undo file. Use as a context manager."""
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Open and read the header.
+
+        Raises:
+            UndoError: it is no undo file, or a damaged one.
+        """
+        self.path = path
+        mode = os.O_RDWR if writable else os.O_RDONLY
+        try:
+            self._fd = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise UndoError(f"cannot open the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        try:
+            self._summary = self._read_summary()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    @staticmethod
+    def was_begun(path: Path) -> bool:
+        """False if a crash came while the file was being written, so that nothing it belongs to was changed yet."""
+        with path.open("rb") as file:
+            return any(file.read(SECTOR))
+
+    def _read_summary(self) -> Summary:
+        try:
+            summary = Summary.parse(os.pread(self._fd, SECTOR, 0))
+        except (OSError, ValueError):
+            raise UndoError(f"{self.path} is not an undo file of qcow2bm") from None
+        if summary is None:
+            raise UndoError(f"{self.path} is damaged: its header's checksum is wrong")
+        return summary
+
+    # What it says
+
+    @property
+    def state(self) -> State:
+        """How far the change has come."""
+        return self._summary.state
+
+    @property
+    def made_ns(self) -> int | None:
+        """When it was made, in nanoseconds since 1970; of an old file when its change was done, or None."""
+        return self._summary.made_ns or self._summary.mtime_ns or None
+
+    @property
+    def size_before(self) -> int:
+        """Length of the image before the change, in bytes."""
+        return self._summary.size_before
+
+    @property
+    def size_after(self) -> int:
+        """Length of the image after the change, in bytes."""
+        return self._summary.size_after
+
+    @property
+    def mtime_ns(self) -> int:
+        """Time stamp of the image once the change was done; 0 as long as it was not."""
+        return self._summary.mtime_ns
+
+    @property
+    def head_crc(self) -> int:
+        """CRC-32C of the image's first sector after the change."""
+        return self._summary.head_crc
+
+    @property
+    def bytes_replaced(self) -> int:
+        """Bytes that the change wrote, free clusters included."""
+        return sum(max(record.length, record.filled) for record in self.records)
+
+    # Records
+
+    @cached_property
+    def records(self) -> tuple[Record, ...]:
+        """All records in the order of the plan, each read once to see that it is whole.
+
+        Raises:
+            UndoError: one is damaged.
+        """
+        return tuple(self._read_records())
+
+    def _read_records(self) -> Iterator[Record]:
+        reach = max(self.size_before, self.size_after)
+        parts = self._parts(RecordHead.parse, RECORD_SIZE, SECTOR, self._summary.records)
+        for number, (head, at) in enumerate(parts):
+            whole = head is not None and {head.old_stored, head.new_stored} <= {0, head.length}
+            if head is None or not whole or head.offset + max(head.length, head.filled) > reach:
+                raise UndoError(f"{self.path} is damaged in record {number}")
+            yield Record(
+                head.stage,
+                head.offset,
+                head.length,
+                at if head.old_stored else None,
+                at + head.old_stored if head.new_stored else None,
+                head.filled,
+                head.filled_crc,
+            )
+
+    def old(self, record: Record, start: int, stop: int) -> bytes:
+        """The old bytes of a record between two offsets of the image."""
+        return self._stored(record.old_at, start - record.offset, stop - start)
+
+    def new(self, record: Record, start: int, stop: int) -> bytes:
+        """The new bytes of a rewrite between two offsets of the image."""
+        return self._stored(record.new_at, start - record.offset, stop - start)
+
+    def _stored(self, place: int | None, skip: int, length: int) -> bytes:
+        if place is None:
+            return bytes(length)
+        data = os.pread(self._fd, length, place + skip)
+        if len(data) != length:
+            raise UndoError(f"{self.path} has become shorter while it was read")
+        return data
+
+    # What is kept
+
+    def kept(self) -> KeptBytes:
+        """The ranges that were kept, and their bytes; all read once to see that they are whole.
+
+        Raises:
+            UndoError: the file is damaged.
+        """
+        ranges: list[Kept] = []
+        pieces: list[tuple[int, int, int | None]] = []
+        parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.kept_at, self._summary.kept)
+        for number, (head, at) in enumerate(parts):
+            kinds = set(KeptPart) if head is None or head.stored in (0, head.length) else {KeptPart.RANGE}
+            if head is None or head.kind not in kinds or head.offset + head.length > self.size_before:
+                raise UndoError(f"{self.path} is damaged in kept part {number}")
+            if head.kind == KeptPart.PIECE:
+                pieces.append((head.offset, head.length, at if head.stored else None))
+            else:
+                label = os.pread(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
+                ranges.append(Kept(label, head.offset, head.length))
+        return KeptBytes(self, tuple(ranges), sorted(pieces))
+
+    def kept_piece(self, place: int | None, length: int) -> bytes:
+        """Bytes of a kept piece, for `KeptBytes`."""
+        return self._stored(place, 0, length)
+
+    # Parts
+
+    def _parts(
+        self, parse: Callable[[bytes], Head | None], size: int, at: int, count: int
+    ) -> Iterator[tuple[Head | None, int]]:
+        """The heads of `count` parts from `at` on, each with where its body is; None for one that is damaged."""
+        end = os.lseek(self._fd, 0, os.SEEK_END)
+        for _ in range(count):
+            head = parse(os.pread(self._fd, size, at) if at < end else b"")
+            at += size
+            if head is None or head.body > end - at or self._crc(at, head.body) != head.crc:
+                yield None, at
+                return
+            yield head, at
+            at += head.body
+
+    def _crc(self, at: int, length: int) -> int:
+        value = 0
+        for start in range(at, at + length, _PIECE):
+            value = crc(os.pread(self._fd, min(_PIECE, at + length - start), start), value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBytes:
+    """What an undo file keeps besides, as a sparse copy of the image before the change. Read while that file is open.
+
+    Attributes:
+        ranges: as they were asked for, cut to the file, in that order.
+    """
+
+    undo: UndoReader
+    ranges: tuple[Kept, ...]
+    _pieces: list[tuple[int, int, int | None]]
+
+    def holds(self, offset: int, length: int) -> bool:
+        """True if these bytes of the image were kept, as far as it had them."""
+        end = min(offset + length, self.undo.size_before)
+        return max((stop for _, stop, _ in self._parts(offset, end)), default=offset) >= end
+
+    def read(self, offset: int, length: int) -> bytes | None:
+        """Bytes of the image before the change; zeroes past its end. None if they were not kept."""
+        if not self.holds(offset, length):
+            return None
+        end = min(offset + length, self.undo.size_before)
+        data = b"".join(self.undo.kept_piece(place, stop - start) for start, stop, place in self._parts(offset, end))
+        return data + bytes(length - len(data))
+
+    def _parts(self, at: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+        """The pieces between two offsets, up to the first gap: from, to, and where in the undo file, if not zeroes."""
+        while at < end:
+            index = bisect_right(self._pieces, at, key=lambda piece: piece[0]) - 1
+            start, size, place = self._pieces[index] if index >= 0 else (0, 0, None)
+            stop = min(end, start + size)
+            if stop <= at:
+                return
+            yield at, stop, None if place is None else place + at - start
+            at = stop

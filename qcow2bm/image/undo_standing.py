@@ -1,0 +1,180 @@
+"""How an image stands to the change that an undo file belongs to: before it, after it, half-way, or somewhere else.
+
+Every place that was rewritten is looked at, with all writes that touched it in their order: the first one knows what
+was there before, the last one what is there when all is done. In between, byte by byte, any of them may have reached
+the disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from .file import ImageFile
+from .undo_layout import State, crc
+from .undo_reader import Record, UndoReader
+from .undo_writer import seen
+
+_WINDOW = 64 << 10
+"""Bytes of the image that are compared at a time."""
+_PIECE = 1 << 20
+
+
+class Since(Enum):
+    """What has happened to an image since a change was done, as far as its undo file can tell."""
+
+    NOTHING = "nothing"
+    TOUCHED = "touched"
+    """It was written to; what the change wrote is still there."""
+    CHANGED = "changed"
+    """What the change wrote is no longer there."""
+    UNKNOWN = "unknown"
+    """What the change wrote is still there; there is no time stamp that tells of other writes, as for a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an image has of a change.
+
+    Attributes:
+        untouched: every place that was to be rewritten is as it was before. Free clusters may have been filled.
+        finished: everything is as the change left it.
+        familiar: every byte of a rewrite is an old or a new one, and the length is one of the change: anything else
+            is another image, or a later state.
+    """
+
+    untouched: bool
+    finished: bool
+    familiar: bool
+
+
+def standing(undo: UndoReader, image: ImageFile) -> Standing:
+    """Compare an image with an undo file; raises UndoError if that is damaged."""
+    untouched = finished = familiar = True
+    for window in _windows(undo, image):
+        untouched = untouched and window.is_old
+        finished = finished and window.is_new
+        familiar = familiar and (window.is_old or window.is_new or window.is_known())
+    # A file that is too short reads as zeroes, which may be what it was filled with.
+    finished = finished and image.size >= undo.size_after
+    finished = finished and all(_is_as_filled(image, record) for record in undo.records if record.filled)
+    return Standing(untouched, finished, familiar and undo.size_before <= image.size <= undo.size_after)
+
+
+def since(undo: UndoReader, image: ImageFile) -> Since:
+    """What has happened to an image since the change was done; raises UndoError if the undo file is damaged."""
+    now = seen(image)
+    if undo.state is State.COMPLETE and now != {"head_crc": undo.head_crc, "size_after": undo.size_after}:
+        return Since.CHANGED
+    if not standing(undo, image).finished:
+        return Since.CHANGED
+    if image.is_device or not undo.mtime_ns:
+        return Since.UNKNOWN
+    return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
+
+
+def fills(undo: UndoReader, image: ImageFile) -> tuple[bool, bool]:
+    """Of the clusters that were free: is any of them, or the file's length, not as before; and if so, is it as filled?
+
+    A cluster that is neither belongs to somebody else by now, or was filled in part.
+    """
+    changed, ours = image.size != undo.size_before, undo.size_before <= image.size <= undo.size_after
+    for record in undo.records:
+        if record.filled and not _is_as_before(undo, image, record):
+            changed, ours = True, ours and _is_as_filled(image, record)
+    return changed, ours
+
+
+def _is_as_filled(image: ImageFile, record: Record) -> bool:
+    value = 0
+    for start, stop in pieces(record.offset, record.offset + record.filled):
+        value = crc(image.read_padded(start, stop - start), value)
+    return value == record.filled_crc
+
+
+def _is_as_before(undo: UndoReader, image: ImageFile, record: Record) -> bool:
+    """What the file did not reach is zeroes, and so is what it has lost again."""
+    end = record.offset + record.filled
+    old = (undo.old(record, start, stop) for start, stop in pieces(record.offset, record.end))
+    now = (image.read_padded(start, stop - start) for start, stop in pieces(record.offset, record.end))
+    beyond = (image.read_padded(start, stop - start) for start, stop in pieces(record.end, end))
+    return all(map(bytes.__eq__, old, now)) and not any(map(any, beyond))
+
+
+def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """A range in parts (start, stop) small enough to be held in memory."""
+    for at in range(start, stop, _PIECE):
+        yield at, min(at + _PIECE, stop)
+
+
+# ---- windows ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A rewrite as far as it lies in a window: `place` is where."""
+
+    place: slice
+    old: bytes
+    new: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A part of the image, and the rewrites in it in the order of the plan."""
+
+    now: bytes
+    parts: tuple[_Part, ...]
+
+    @property
+    def is_old(self) -> bool:
+        """True if it is as it was before all of them."""
+        before = bytearray(self.now)
+        for part in reversed(self.parts):
+            before[part.place] = part.old
+        return before == self.now
+
+    @property
+    def is_new(self) -> bool:
+        """True if it is as it is after all of them."""
+        after = bytearray(self.now)
+        for part in self.parts:
+            after[part.place] = part.new
+        return after == self.now
+
+    def is_known(self) -> bool:
+        """True if each byte is one that any of them found or left there."""
+        import numpy as np  # rarely needed, and slow to load
+
+        now = np.frombuffer(self.now, np.uint8)
+        rewritten, known = np.zeros((2, len(now)), bool)
+        for part in self.parts:
+            rewritten[part.place] = True
+            for content in (part.old, part.new):
+                known[part.place] |= now[part.place] == np.frombuffer(content, np.uint8)
+        return bool(known[rewritten].all())
+
+
+def _windows(undo: UndoReader, image: ImageFile) -> Iterator[_Window]:
+    """The windows of the image that rewrites touch."""
+    touching: dict[int, list[Record]] = defaultdict(list)
+    for record in undo.records:
+        if record.new_at is not None:
+            for number in range(record.offset // _WINDOW, -(-record.end // _WINDOW)):
+                touching[number].append(record)
+    for number in sorted(touching):
+        yield _window(undo, image, number * _WINDOW, touching[number])
+
+
+def _window(undo: UndoReader, image: ImageFile, first: int, records: Sequence[Record]) -> _Window:
+    start = max(first, min(record.offset for record in records))
+    stop = min(first + _WINDOW, max(record.end for record in records))
+    parts = []
+    for record in records:
+        low, high = max(start, record.offset), min(stop, record.end)
+        place = slice(low - start, high - start)
+        parts.append(_Part(place, undo.old(record, low, high), undo.new(record, low, high)))
+    return _Window(image.read_padded(start, stop - start), tuple(parts))

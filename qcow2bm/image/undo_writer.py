@@ -1,0 +1,229 @@
+"""Writing an undo file: on the disk in full before the first byte of the image is overwritten.
+
+Of each write of a plan it takes down what is there now, then the ranges that the plan wants kept besides. Only when all
+of that has reached the disk does the file get its header, and only when that has, and the folder knows the file, does
+the plan begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import UndoError
+from .file import ImageFile
+from .plan import SECTOR, Kept, Stage, Write
+from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
+
+_PIECE = 1 << 20
+"""Bytes of a kept piece at most."""
+
+
+class UndoWriter:
+    """Writes the undo file of one plan. `create` leaves it flushed and "in progress"."""
+
+    def __init__(self, fd: int, path: Path, summary: Summary) -> None:
+        self._fd = fd
+        self.path = path
+        self._summary = summary
+        self._at = SECTOR
+        self._alias: Path | None = None
+
+    @classmethod
+    def create(
+        cls, path: Path, image: ImageFile, stages: Sequence[Stage], size_after: int, kept: Sequence[Kept] = ()
+    ) -> UndoWriter:
+        """Write down what `stages` replace in `image`, which will have `size_after` bytes, and the `kept` ranges.
+
+        Raises:
+            UndoError: the file exists already or cannot be written.
+        """
+        status = os.fstat(image.fd)
+        mode = stat.S_IMODE(status.st_mode) & 0o666
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(path, flags, mode)
+        except OSError as error:
+            raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        summary = Summary(
+            State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0, made_ns=time.time_ns()
+        )
+        writer = cls(fd, path, summary)
+        try:
+            writer._fill(image, stages, kept)
+        except OSError as error:
+            writer.discard()
+            raise UndoError(f"cannot write the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        except BaseException:
+            writer.discard()
+            raise
+        return writer
+
+    def _fill(self, image: ImageFile, stages: Sequence[Stage], kept: Sequence[Kept]) -> None:
+        records = 0
+        for number, stage in enumerate(stages):
+            for write in stage.writes:
+                self._append(*_record(image, number, write))
+                records += 1
+        kept_at, parts = self._at, 0
+        for part in _kept_parts(image, kept):
+            self._append(*part)
+            parts += 1
+        # A file whose header is there is whole: a crash before that leaves a sector of zeroes, and an untouched image.
+        os.fsync(self._fd)
+        self._summary = replace(self._summary, records=records, kept=parts, kept_at=kept_at if parts else 0)
+        write_summary(self._fd, self._summary)
+        sync_folder(self.path)
+
+    def _append(self, *parts: bytes) -> None:
+        for part in parts:
+            write_all(self._fd, part, self._at)
+            self._at += len(part)
+
+    def link(self, path: Path) -> bool:
+        """Give the file a second name, durably, until it is complete or discarded.
+
+        False where the file system cannot: it has no hard links, or the name would lie on another one.
+
+        Raises:
+            UndoError: there is a file of that name.
+        """
+        try:
+            os.link(self.path, path, follow_symlinks=False)
+        except FileExistsError as error:
+            raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        except OSError:
+            return False
+        self._alias = path
+        sync_folder(path)
+        return True
+
+    def complete(self, image: ImageFile) -> None:
+        """Say that the plan is done and what the image looks like now."""
+        mtime = os.fstat(image.fd).st_mtime_ns
+        write_summary(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **seen(image)))
+        os.close(self._fd)
+        self._unlink_alias()
+
+    def discard(self) -> None:
+        """Remove the file: the plan was rolled back, or its journal is not wanted."""
+        os.close(self._fd)
+        self._unlink_alias()
+        self.path.unlink(missing_ok=True)
+        sync_folder(self.path)
+
+    def _unlink_alias(self) -> None:
+        if self._alias is not None:
+            self._alias.unlink(missing_ok=True)
+            sync_folder(self._alias)
+
+
+def seen(image: ImageFile) -> dict[str, int]:
+    """What the header of an undo file says of its image once the change is done."""
+    return {"head_crc": crc(image.read_padded(0, SECTOR)), "size_after": image.size}
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset` of a file."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def write_summary(fd: int, summary: Summary) -> None:
+    """Write the header of an undo file, durably."""
+    write_all(fd, summary.build(), 0)
+    os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make it durable that a file is in its folder, or no more."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# ---- what is written ----
+
+
+def _record(image: ImageFile, stage: int, write: Write) -> tuple[bytes, ...]:
+    """Head, old bytes and new bytes of one write."""
+    reached = max(0, min(write.end, image.size) - write.offset)
+    old = image.read_at(write.offset, reached) if write.old is None else write.old
+    stored = b"" if _is_zero(old) else old
+    fresh = write.old is None
+    content = write.read()
+    new = b"" if fresh else bytes(content)
+    head = RecordHead(
+        stage,
+        write.offset,
+        len(old),
+        old_stored=len(stored),
+        new_stored=len(new),
+        filled=write.length if fresh else 0,
+        filled_crc=crc(content) if fresh else 0,
+        crc=crc(new, crc(stored)),
+    )
+    return head.build(), stored, new
+
+
+def _kept_parts(image: ImageFile, kept: Sequence[Kept]) -> Iterator[tuple[bytes, bytes]]:
+    """Head and body of all ranges, then of all pieces that lie in any of them; what the file has not is left out."""
+    ranges = []
+    for wanted in kept:
+        start = min(max(0, wanted.offset), image.size)
+        length = max(0, min(wanted.offset + wanted.length, image.size) - start)
+        ranges.append((start, start + length))
+        yield _part(KeptPart.RANGE, start, length, wanted.label.encode("utf-8", "surrogateescape"))
+    for start, end in _joined(ranges):
+        yield from _pieces(image, start, end)
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges (start, end) in order, those that overlap or touch as one."""
+    first = last = 0
+    for start, end in sorted(ranges):
+        if start > last:
+            if last > first:
+                yield first, last
+            first, last = start, end
+        last = max(last, end)
+    if last > first:
+        yield first, last
+
+
+def _pieces(image: ImageFile, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
+    """A range of the file in pieces. A hole is one piece without bytes, however large, and is not read."""
+    while start < end:
+        hole_end = min(image.next_data(start), end)
+        if hole_end > start:
+            yield _part(KeptPart.PIECE, start, hole_end - start, b"")
+            start = hole_end
+            continue
+        length = min(_PIECE, end - start)
+        data = image.read_at(start, length)
+        yield _part(KeptPart.PIECE, start, length, b"" if _is_zero(data) else data)
+        start += length
+
+
+def _part(kind: KeptPart, offset: int, length: int, body: bytes) -> tuple[bytes, bytes]:
+    return KeptHead(offset, length, len(body), kind, crc(body)).build(), body
+
+
+def _is_zero(data: bytes) -> bool:
+    return data.count(0) == len(data)
+
+
+def drop(path: Path) -> None:
+    """Remove a file durably."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    sync_folder(path)
