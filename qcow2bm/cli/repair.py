@@ -49,6 +49,22 @@ AgainstOption = Annotated[
     Path | None,
     typer.Option("--against", metavar="BASE", help="For rebuild: an older copy of the disk.", show_default=False),
 ]
+
+
+class BaseFormat(StrEnum):
+    """Formats of an older copy of the disk."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+AgainstFormatOption = Annotated[
+    BaseFormat | None,
+    typer.Option(
+        "--against-format", show_default=False,
+        help="The format of BASE. A raw copy need not say so; what looks like qcow2 may be a raw disk with one inside.",
+    ),
+]  # fmt: skip
 SnapshotOption = Annotated[
     str | None,
     typer.Option("--snapshot", metavar="ID", help="For snapshot: id or name of a snapshot.", show_default=False),
@@ -56,7 +72,7 @@ SnapshotOption = Annotated[
 LayerOption = Annotated[
     bool,
     typer.Option(
-        "--layer-is-newer", help="For allocated: your word that the image is no older than the bitmap.",
+        "--layer-is-newer", help="For allocated: your word that the image held nothing yet when the bitmap began.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -123,6 +139,7 @@ def repair(
     in_use: InUseOption = Salvage.KEEP,
     detached: DetachedOption = Salvage.KEEP,
     against: AgainstOption = None,
+    against_format: AgainstFormatOption = None,
     snapshot: SnapshotOption = None,
     layer_is_newer: LayerOption = False,
     snapshot_is_start: StartOption = False,
@@ -147,7 +164,8 @@ def repair(
     Policies for --in-use and --detached: keep, remove, all-dirty, allocated, rebuild, snapshot.
     """
     policy = RepairPolicy(
-        RepairClass(allow.value), frozenset(only or ()), in_use, detached, against, snapshot,
+        RepairClass(allow.value), frozenset(only or ()), in_use, detached, against,
+        None if against_format is None else against_format.value, snapshot,
         layer_is_newer=layer_is_newer, snapshot_is_start=snapshot_is_start, keep_stale=stale, keeps_undo=not no_undo,
     )  # fmt: skip
     manner = Manner(
@@ -182,6 +200,8 @@ def _require_sense(policy: RepairPolicy, manner: Manner) -> None:
     ):
         if (value is not None) != (wanted in salvages):
             raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
+    if policy.against_format is not None and policy.against is None:
+        raise UsageError("--against-format goes with --against")
     if policy.snapshot_is_start and Salvage.SNAPSHOT not in salvages:
         raise UsageError("--snapshot-is-start goes with the policy snapshot")
     if policy.layer_is_newer and Salvage.ALLOCATED not in salvages:

@@ -49,6 +49,7 @@ def _salvaged(shop: Workshop, bitmap: StoredBitmap, chosen: Salvage) -> Salvaged
         policy = shop.policy
         terms = Terms(
             base=policy.against,
+            base_format=policy.against_format,
             snapshot=policy.snapshot,
             snapshot_is_start=policy.snapshot_is_start,
             layer_is_newer=policy.layer_is_newer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -12,12 +12,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class Result(NamedTuple):
+    """What a command line came to."""
+
+    status: int
+    out: str
+    err: str
+
+
 @pytest.fixture
 def run(capsys):
     """Run one command line in this process: its exit status, what it printed, and what it printed on stderr."""
 
-    def runner(*words: str | Path) -> tuple[int, str, str]:
+    def runner(*words: str | Path) -> Result:
         status = __main__.main([str(word) for word in words])
-        return status, *capsys.readouterr()
+        return Result(status, *capsys.readouterr())
 
     return runner

@@ -29,7 +29,7 @@ def complete(*words: str | Path, shell: str = "bash") -> list[str]:
 
 
 def test_commands() -> None:
-    assert complete("re") == ["remove", "rename"]
+    assert complete("re") == ["repair", "remove", "rename"]
 
 
 def test_names_from_the_image(image: Path) -> None:
