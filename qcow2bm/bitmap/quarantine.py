@@ -58,13 +58,12 @@ def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False) -> tupl
     label = f"{_DOUBTFUL if doubtful else ''}{ENTRY}: {why[:_MAX_WHY]}"
     head = Kept(HEADER, 0, min(image.header.header_length, geometry.cluster_size))
     ranges = [head, Kept(label, stored.place, entry.size)]
-    table = min(entry.bitmap_table_size, geometry.max_bitmap_table_entries)
-    if 0 < entry.bitmap_table_offset < size and table:
-        ranges.append(Kept(TABLE, entry.bitmap_table_offset, min(8 * table, size - entry.bitmap_table_offset)))
-    faults = {fault.code for fault in entry.faults(geometry)}
-    # What would be read as a table there is none: its numbers could name half of the image.
-    if not faults & {"bitmap-table-offset", "bitmap-table-size"}:
-        ranges += (Kept(DATA, offset, length) for offset, length in _data(stored, geometry, size))
+    offset, length = entry.bitmap_table_offset, 8 * min(entry.bitmap_table_size, geometry.max_bitmap_table_entries)
+    if 0 < offset < size and length:
+        ranges.append(Kept(TABLE, offset, min(length, size - offset)))
+        # What begins within a cluster is no table: its numbers could name half of the image.
+        if geometry.is_aligned(offset) and not image.file.is_hole(offset, length):
+            ranges += (Kept(DATA, at, bytes_there) for at, bytes_there in _data(stored, geometry, size))
     return tuple(ranges)
 
 

@@ -70,7 +70,7 @@ def differing(
 
 def _runs(old: Disk, new: Disk, granularity: int, progress: Progress) -> Iterator[tuple[int, int]]:
     common = min(old.size, new.size)
-    blocks = _Blocks(granularity)
+    blocks = _Blocks(granularity, lambda done: progress(done, new.size))
     for left, right in _pairs(old.extents(0, common), new.extents(0, common)):
         if not left.is_stored_as(right):
             yield from blocks.differing(left, right)
@@ -94,8 +94,9 @@ def _pairs(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Ex
 class _Blocks:
     """Reads and compares; remembers the last granule that differs."""
 
-    def __init__(self, granularity: int) -> None:
+    def __init__(self, granularity: int, done: Callable[[int], None]) -> None:
         self._granularity = granularity
+        self._done = done
         self._known = -1
         self._left, self._right = bytearray(BLOCK), bytearray(BLOCK)
 
@@ -111,6 +112,7 @@ class _Blocks:
                 self._known = end - 1
                 yield first, end
             at = stop
+            self._done(at)
 
     def _block(self, left: Extent, right: Extent, start: int, stop: int) -> Iterator[tuple[int, int]]:
         length = stop - start

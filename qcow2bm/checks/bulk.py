@@ -141,6 +141,23 @@ class BulkCensus(Census):
         entries = _Entries(values[values & np.uint64(OFFSET_MASK) != 0], None, self.geometry)
         return not self._miscopied(entries.values, entries.clusters).size
 
+    def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
+        if self.data_file or not all(map(self.stored.is_readable, self.stored.indices())):
+            yield from super().miscopied_runs(values)
+            return
+        words = np.frombuffer(values, np.uint64)
+        entries = _Entries(words, None, self.geometry)
+        places = self._standard(entries)
+        chosen = np.arange(words.size) if places is None else places
+        if not chosen.size:
+            return
+        wrong = chosen[self._miscopied(words[chosen], entries.clusters[chosen])]
+        flags = words[wrong] & np.uint64(COPIED)
+        edges = np.flatnonzero((np.diff(wrong) != 1) | (flags[1:] != flags[:-1])) + 1
+        for start, stop in pairwise([0, *edges.tolist(), wrong.size]):
+            if stop > start:
+                yield int(wrong[start]), int(wrong[stop - 1]) + 1
+
     def references(self, cluster: int) -> int:
         slices = (counts.slice(cluster, cluster + 1) for counts in self._counts.values())
         return sum(int(part[0]) for part in slices if part is not None)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ..format.entries import L2Entry
+from ..format.entries import COPIED, L2Entry
 from ..format.geometry import Geometry
 from .stored import StoredRefcounts
 
@@ -171,6 +171,28 @@ class Census(ABC):
     def copied_rightly(self, l1_table: array[int]) -> bool:
         """True if the copied flags of all entries are right; may say False where they are."""
         return not any(l1_table)
+
+    def miscopied(self, values: array[int]) -> Iterator[int]:
+        """Indices of the entries of an L2 table whose copied flag contradicts the refcount, where that is known."""
+        for index, value in enumerate(values):
+            entry = L2Entry(value)
+            if value and entry.is_standard(self.geometry, data_file=self.data_file):
+                stored = 1 if self.data_file else self.stored.get(self.geometry.cluster_of(entry.host_offset))
+                if stored is not None and (stored == 1) != entry.copied:
+                    yield index
+
+    def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
+        """The same as ranges of indices; the flag is the same in all of a range."""
+        start = stop = -1
+        for index in self.miscopied(values):
+            if index == stop and not (values[index] ^ values[start]) & COPIED:
+                stop += 1
+                continue
+            if stop > start:
+                yield start, stop
+            start, stop = index, index + 1
+        if stop > start:
+            yield start, stop
 
     @abstractmethod
     def references(self, cluster: int) -> int:

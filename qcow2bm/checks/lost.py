@@ -1,8 +1,8 @@
 """What leaked clusters hold: bitmap directories that nothing refers to, and L2 tables.
 
 When a program that knows no bitmaps has written to an image, QEMU's next writer drops the bitmaps extension; an
-`amend` to version 2 does so at once. When an L1 entry is lost, an L2 table and its data stay behind. What is there still
-says what it was.
+`amend` to version 2 does so at once. When an L1 entry is lost, an L2 table and its data stay behind. What is there
+still says what it was.
 """
 
 from __future__ import annotations

@@ -45,6 +45,13 @@ DetachedOption = Annotated[
     Salvage,
     typer.Option("--detached", help="What becomes of bitmaps that a foreign writer has made void.", metavar="POLICY"),
 ]
+NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bitmap", metavar="NAME", show_default="all",
+        help="The bitmap that --in-use or --detached is about; may be given again.",
+    ),
+]  # fmt: skip
 AgainstOption = Annotated[
     Path | None,
     typer.Option("--against", metavar="BASE", help="For rebuild: an older copy of the disk.", show_default=False),
@@ -138,6 +145,7 @@ def repair(
     only: OnlyOption = None,
     in_use: InUseOption = Salvage.KEEP,
     detached: DetachedOption = Salvage.KEEP,
+    bitmap: NamesOption = None,
     against: AgainstOption = None,
     against_format: AgainstFormatOption = None,
     snapshot: SnapshotOption = None,
@@ -164,7 +172,7 @@ def repair(
     Policies for --in-use and --detached: keep, remove, all-dirty, allocated, rebuild, snapshot.
     """
     policy = RepairPolicy(
-        RepairClass(allow.value), frozenset(only or ()), in_use, detached, against,
+        RepairClass(allow.value), frozenset(only or ()), in_use, detached, frozenset(bitmap or ()), against,
         None if against_format is None else against_format.value, snapshot,
         layer_is_newer=layer_is_newer, snapshot_is_start=snapshot_is_start, keep_stale=stale, keeps_undo=not no_undo,
     )  # fmt: skip
@@ -200,6 +208,8 @@ def _require_sense(policy: RepairPolicy, manner: Manner) -> None:
     ):
         if (value is not None) != (wanted in salvages):
             raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
+    if policy.bitmaps and salvages == (Salvage.KEEP, Salvage.KEEP):
+        raise UsageError("--bitmap says what --in-use or --detached is about", hint="give one of them too")
     if policy.against_format is not None and policy.against is None:
         raise UsageError("--against-format goes with --against")
     if policy.snapshot_is_start and Salvage.SNAPSHOT not in salvages:

@@ -163,7 +163,7 @@ def _show(image: Path, undo_file: Path, output: Output) -> None:
                 ("replaced", exact_size(undo.bytes_replaced)),
                 ("file grew by", exact_size(undo.size_after - undo.size_before)),
                 ("can be undone", Cell("yes", "green") if obstacle is None else Cell(f"no: {obstacle}", "red")),
-                ("quarantined", f"{len(held.bitmaps)} bitmaps" if held.bitmaps else "nothing"),
+                ("quarantined", f"bitmaps: {len(held.bitmaps)}" if held.bitmaps else "nothing"),
             ]
         )
         if held.bitmaps:

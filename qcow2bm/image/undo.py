@@ -15,6 +15,7 @@ see whether it has changed since.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -80,15 +81,17 @@ class UndoFile(UndoReader):
 
     def _put_back(self, image: ImageFile) -> None:
         for stage in sorted({record.stage for record in self.records}, reverse=True):
-            for record in self.records:
+            for record in reversed(self.records):
                 if record.stage == stage:
                     self._put_back_one(image, record)
             image.barrier()
         if image.size > self.size_before and not image.is_device:
             image.truncate(self.size_before)
             image.barrier()
-        # With the bytes of then goes the time stamp of then, by which an older undo file knows the image.
-        os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
+        # With the bytes of then goes the time stamp of then, by which an older undo file knows the image. Only the
+        # file's owner may set it; for others an older undo file needs --force.
+        with contextlib.suppress(PermissionError):
+            os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
 
     def _put_back_one(self, image: ImageFile, record: Record) -> None:
         for start, stop in pieces(record.offset, min(record.end, self.size_before)):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
 from ..checks.model import RepairClass, Severity
 from ..checks.problems import PROBLEMS
-from ..format.entries import COPIED
 from ..format.header import INCOMPATIBLE_FIELD, Incompatible
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
@@ -15,21 +15,25 @@ from .workshop import Workshop
 
 def copied(shop: Workshop) -> Iterator[Proposal]:
     """Set the flags where, and only where, the refcount is one."""
-    found = shop.found("copied-l1", "copied-l2")
-    if not found:
-        return
-    codes = {code: sum(f.count for f in shop.found(code)) for code in ("copied-l1", "copied-l2") if shop.found(code)}
-    title = f"correct {len(found)} copied flags"
-    yield Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, codes), partial(_correct, shop)
+    codes = Counter[str]()
+    for finding in shop.found("copied-l1", "copied-l2"):
+        codes[finding.code] += finding.count
+    if codes:
+        title = f"correct {codes.total()} copied flags"
+        yield Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, codes), partial(_correct, shop)
 
 
 def _correct(shop: Workshop) -> None:
+    size = shop.seen.geometry.l2_entry_size
     for finding in shop.found("copied-l1", "copied-l2"):
-        place, entry = finding.location.host_offset, finding.values["entry"]
+        place, values = finding.location.host_offset, finding.values
         assert place is not None, "findings about entries say where they are"
-        new = entry | COPIED if finding.values["refcount"] == 1 else entry & ~COPIED
-        if shop.owns(place):
-            shop.write(place, new.to_bytes(8, "big"), f"{finding.location.structure}: entry {finding.location.index}")
+        if not shop.owns(place):
+            continue
+        data = bytearray(shop.file.read_padded(place, 8 if "entries" not in values else size * values["entries"]))
+        for at in range(0, len(data), size):  # the flag is the highest bit of an entry
+            data[at] = data[at] | 0x80 if values["refcount"] == 1 else data[at] & 0x7F
+        shop.write(place, bytes(data), f"{finding.location.structure}: entry {finding.location.index}")
 
 
 def marks(shop: Workshop) -> Iterator[Proposal]:

@@ -45,10 +45,12 @@ class RepairPolicy:
         only: the parts that are mended; empty for all.
         in_use: what becomes of bitmaps whose last writer died.
         detached: what becomes of bitmaps that a foreign writer has made void.
+        bitmaps: names of the bitmaps that the two are about; empty for all.
         against: the older copy of the disk that `Salvage.REBUILD` compares with.
         against_format: "raw" or "qcow2", of that copy; None for raw, or for what it cannot but be.
         snapshot: id or name of the internal snapshot that `Salvage.SNAPSHOT` compares with.
-        layer_is_newer: the user's word that nothing had been written to the image when the bitmap began, for `Salvage.ALLOCATED`.
+        layer_is_newer: for `Salvage.ALLOCATED` the user's word that nothing had been written to the image when the
+            bitmap began.
         snapshot_is_start: the user's word that the snapshot was taken at the very moment the bitmap began.
         keep_stale: unite salvaged bits with those on the disk; None for what is right for the policy.
         keeps_undo: an undo file is written, so that nothing that is taken out of the image is lost.
@@ -58,6 +60,7 @@ class RepairPolicy:
     only: frozenset[Scope] = frozenset()
     in_use: Salvage = Salvage.KEEP
     detached: Salvage = Salvage.KEEP
+    bitmaps: frozenset[str] = frozenset()
     against: Path | None = None
     against_format: str | None = None
     snapshot: str | None = None

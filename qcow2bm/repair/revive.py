@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import pairwise
 
 from ..bitmap.edit import Edit
 from ..bitmap.store import State, StoredBitmap
@@ -13,21 +14,34 @@ from .model import Proposal, Salvage, Scope, Step
 from .salvage import Policy, Proof, Salvaged, Terms, apply_salvage, salvaged
 from .workshop import Workshop
 
+_ON_A_WORD = (Salvage.ALLOCATED, Salvage.REBUILD, Salvage.SNAPSHOT)
+"""Policies that hold if something is as it was when the bitmap began, which the user says of one bitmap."""
+_MOST_RANGES = 4096
+"""Ranges that are marked one by one; more of them are joined over the narrowest gaps."""
+
 
 def revive(shop: Workshop) -> Iterator[Proposal]:
     """A step for each bitmap in use; one for all the detached ones, which count again only together."""
     policy = shop.policy
     if not policy.covers(Scope.BITMAPS):
         return
-    in_use = [bitmap for bitmap in shop.view.directory.bitmaps if bitmap.state is State.INCONSISTENT]
+    in_use = _chosen(shop, State.INCONSISTENT)
     for bitmap in in_use:
-        yield from _proposals(shop, [bitmap], policy.in_use, "bitmap-inconsistent")
-    detached = [bitmap for bitmap in shop.view.directory.bitmaps if bitmap.state is State.DETACHED]
+        yield from _proposals(shop, [bitmap], policy.in_use, "bitmap-inconsistent", len(in_use))
+    detached = _chosen(shop, State.DETACHED)
     if detached:
-        yield from _proposals(shop, detached, policy.detached, "bitmap-detached")
+        yield from _proposals(shop, detached, policy.detached, "bitmap-detached", len(detached))
 
 
-def _proposals(shop: Workshop, bitmaps: list[StoredBitmap], chosen: Salvage, code: str) -> Iterator[Proposal]:
+def _chosen(shop: Workshop, state: State) -> list[StoredBitmap]:
+    wanted = shop.policy.bitmaps
+    bitmaps = (bitmap for bitmap in shop.view.directory.bitmaps if bitmap.state is state)
+    return [bitmap for bitmap in bitmaps if not wanted or bitmap.name in wanted]
+
+
+def _proposals(
+    shop: Workshop, bitmaps: list[StoredBitmap], chosen: Salvage, code: str, candidates: int
+) -> Iterator[Proposal]:
     names = [bitmap.name for bitmap in bitmaps]
     listed = ", ".join(f"'{name}'" for name in names)
     one = names[0] if len(names) == 1 else None
@@ -37,10 +51,48 @@ def _proposals(shop: Workshop, bitmaps: list[StoredBitmap], chosen: Salvage, cod
         yield step, partial(_remove, shop, names)
     elif chosen is not Salvage.KEEP:
         step = Step(f"salvage {listed}: {chosen.value}", RepairClass.LOSSLESS, Scope.BITMAPS, codes, bitmap=one)
-        results = [_salvaged(shop, bitmap, chosen) for bitmap in bitmaps]
-        step.proof = "; ".join(dict.fromkeys(f"{result.proof.value}: {result.reason}" for result in results))
-        step.refused = next((result.reason for result in results if result.bits is None), None)
+        results: list[Salvaged] = []
+        if candidates > 1 and not shop.policy.bitmaps and chosen in _ON_A_WORD:
+            step.refused = f"what {chosen.value} relies on is true of one bitmap and not of another: name it (--bitmap)"
+        else:
+            results = [_salvaged(shop, bitmap, chosen) for bitmap in bitmaps]
+            step.proof = "; ".join(dict.fromkeys(f"{result.proof.value}: {result.reason}" for result in results))
+            step.refused = next((result.reason for result in results if result.bits is None), None)
         yield step, partial(_apply, shop, results)
+
+
+def changed_ranges(shop: Workshop, taken: Iterable[Step]) -> Iterator[Proposal]:
+    """Where steps have changed what the guest reads, the next incremental backup must copy it."""
+    end = shop.view.geometry.virtual_size
+    ranges = _joined(sorted((start, min(length, end - start)) for step in taken for start, length in step.guest))
+    names = [b.name for b in shop.view.directory.bitmaps if b.state is State.READY and b.recording]
+    if ranges and names:
+        text = f"mark what was given up or guessed as changed in {len(names)} recording bitmaps"
+        yield Step(text, RepairClass.LOSSLESS, None), partial(_mark, shop, names, ranges)
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges without overlaps, at most `_MOST_RANGES`: the narrowest gaps go first."""
+    gaps = sorted(later[0] - sum(earlier) for earlier, later in pairwise(ranges))
+    widest = max(0, gaps[-_MOST_RANGES]) if len(gaps) >= _MOST_RANGES else 0
+    joined: list[tuple[int, int]] = []
+    for start, length in ranges:
+        if length <= 0:
+            continue
+        if joined and start <= sum(joined[-1]) + widest:
+            first = joined[-1][0]
+            joined[-1] = first, max(sum(joined[-1]), start + length) - first
+        else:
+            joined.append((start, length))
+    return joined
+
+
+def _mark(shop: Workshop, names: list[str], ranges: list[tuple[int, int]]) -> None:
+    edit = Edit.of(shop.image)
+    for name in names:
+        for start, length in ranges:
+            edit.set_range(name, start, length)
+    shop.replay(edit.plan())
 
 
 def _salvaged(shop: Workshop, bitmap: StoredBitmap, chosen: Salvage) -> Salvaged:

@@ -35,6 +35,7 @@ PHASES: tuple[Phase, ...] = (
 used, at last what vouches for all of it."""
 
 _BUILT_ON_MAPPING = (Scope.MAPPINGS, Scope.REFCOUNTS, Scope.LEAKS)
+_NO_EDITS = "there is nothing that may be changed: another structure uses its cluster too"
 _ROUNDS = 4
 """Times that the phases are gone through: mending one thing may show another."""
 
@@ -61,6 +62,14 @@ def work_out(
     if not shop.is_readable:
         return RepairPlan(before, before, (), (), _nothing(overlay.base))
     done, refused = _go_through(shop, _asked_once(ask))
+    for step, take in revive.changed_ranges(shop, done):
+        if _take(shop, step, take, ask):
+            done.append(step)
+        elif step.refused != _NO_EDITS:  # else all of it is marked already
+            raise ProofError(
+                f"what would be given up cannot be marked in the recording bitmaps ({step.refused})",
+                hint="mend the rest too, or remove those bitmaps first",
+            )
     if done:
         _clear_unknown_autoclear(shop, done)
     plan = shop.plan([step.title for step in done])
@@ -122,7 +131,7 @@ def _take(shop: Workshop, step: Step, take: Callable[[], object], ask: Ask) -> b
         step.refused = error.message
         return False
     if not step.edits:
-        step.refused = "another structure uses its cluster too"
+        step.refused = _NO_EDITS
     return bool(step.edits)
 
 

@@ -98,7 +98,7 @@ class Salvaged:
     Attributes:
         granularity: in bytes, as it was.
         recording: as it was.
-        bits: None if the policy was refused.
+        bits: None if the policy was refused. Stale ones are read when they are asked for, so the image stays open.
         reason: why the proof holds, or why there is none: one sentence without a final full stop.
     """
 

@@ -237,9 +237,14 @@ def _salvaged(case: Case, option: str) -> Iterator[WayOut | LeftOut]:
         for policy in (Salvage.REBUILD, Salvage.SNAPSHOT, Salvage.ALLOCATED, Salvage.ALL_DIRTY):
             yield LeftOut(policy.value, text)
         return
-    yield _rebuilt(case, option)
-    yield _unlike_snapshot(case, option)
-    yield _allocated(case, option)
+    if case.siblings > 1 and not case.is_attached:
+        text = f"the {case.siblings} detached bitmaps count again only together, and what this relies on is true of one"
+        for policy in (Salvage.REBUILD, Salvage.SNAPSHOT, Salvage.ALLOCATED):
+            yield LeftOut(policy.value, text)
+    else:
+        yield _rebuilt(case, option)
+        yield _unlike_snapshot(case, option)
+        yield _allocated(case, option)
     yield _way(case, option, Salvage.ALL_DIRTY, "marks the whole disk", NextBackup.WHOLE)
 
 
@@ -253,7 +258,11 @@ def _way(
     proof: Proof = Proof.SUPERSET,
     condition: str | None = None,
 ) -> WayOut:
-    several = f"; so it does for all {case.siblings} bitmaps in this state" if case.siblings > 1 else ""
+    several = ""
+    if case.siblings > 1 and case.is_attached:
+        more = (*more, "--bitmap", case.name)
+    elif case.siblings > 1:  # detached bitmaps count again only all together
+        several = f"; so it does for all {case.siblings} bitmaps in this state"
     words = _words(case, "repair", option, policy.value, *more)
     return WayOut(policy.value, words, does + several, backup, proof, condition=condition)
 

@@ -19,7 +19,8 @@ from qcow2bm.chain.disk import Disk
 from qcow2bm.chain.layers import FileStore, Kind, StreamStore
 from qcow2bm.chain.opening import Rules, disk_of, open_disk
 from qcow2bm.errors import CorruptImageError, ImageIOError, Qcow2bmError, UnsupportedImageError, UsageError
-from qcow2bm.image.image import Qcow2Image
+from qcow2bm.image.image import Qcow2Image, read_head
+from qcow2bm.image.overlay import OverlayFile
 from tests.support.images import unpack
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import Raw
@@ -234,6 +235,30 @@ def test_only_what_can_differ_is_read(tmp_path: Path, reads: list[int]) -> None:
         assert not reads
 
 
+def test_one_file_at_other_places_is_read(tmp_path: Path) -> None:
+    """A qcow2 image beside its own bytes as a raw disk: one file, and hardly a byte at the same place."""
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, *(f"write -P {number + 1} {number * 64}k 64k" for number in range(16)))
+    before, after = path.read_bytes(), converted(Made(path, "qcow2"), tmp_path)
+    with open_disk(path, format="raw") as old, open_disk(path, format="qcow2") as new:
+        assert bits_of(compare(old, new, 4 * KIB)) == truth(before, after, 4 * KIB)
+
+
+def test_a_file_and_changes_over_it_are_two(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu_io(path, "write -P 1 0 1M")
+    with Qcow2Image.open(path) as found:
+        changed = OverlayFile(found.file)
+        changed.write_at(found.file.read_at(0, found.file.size).index(b"\1" * (64 * KIB)) + 70 * KIB, b"changed")
+        repaired = Qcow2Image(changed, *read_head(changed), locked=True)
+        with disk_of(found) as old, disk_of(repaired) as new:
+            assert list(differing(old, new, 4 * KIB)) == [(17, 18)]
+            assert list(differing(new, new, 4 * KIB)) == []
+        changed.close()
+
+
 def test_of_a_large_granule_that_differs_no_more_is_read(tmp_path: Path, reads: list[int]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for path, pattern in ((one, 1), (two, 2)):
@@ -242,6 +267,11 @@ def test_of_a_large_granule_that_differs_no_more_is_read(tmp_path: Path, reads: 
     with open_disk(one, format="qcow2") as old, open_disk(two, format="qcow2") as new:
         assert list(differing(old, new, 16 * MIB)) == [(0, 2)]
         assert sum(reads) == 2 * 2 * MIB
+        told: list[tuple[int, int]] = []
+        list(differing(old, new, 64 * KIB, progress=lambda *pair: told.append(pair)))
+        assert len(told) > 32  # the first 32 MiB are one extent, told of as it is read
+        assert told == sorted(told)
+        assert told[-1] == (64 * MIB, 64 * MIB)
 
 
 def test_a_raw_hole_is_not_read(tmp_path: Path, reads: list[int]) -> None:

@@ -95,6 +95,21 @@ def test_free_clusters_get_their_old_content_back(tmp_path: Path) -> None:
     assert image.read_bytes() == before
 
 
+def test_who_does_not_own_the_image_may_undo_but_cannot_set_its_time_stamp(
+    undone: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, os.strerror(1))
+
+    image, undo, before = undone
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refuse)
+        qcow2bm.undo(image, undo)
+    assert image.read_bytes() == before
+    with UndoFile(undo) as old:
+        assert old.state is State.UNDONE
+
+
 def test_an_undo_file_is_used_once(undone: tuple[Path, Path, bytes]) -> None:
     image, undo, before = undone
     qcow2bm.undo(image, undo)

@@ -422,18 +422,41 @@ def test_one_that_cannot_be_read_never_comes_back_and_the_part_is_named(
     assert image.read_bytes() == before
 
 
-def test_data_that_was_not_kept_is_not_made_up(tmp_path: Path) -> None:
-    image, undo = many(tmp_path), tmp_path / "undo"
+def removed_with(image: Path, undo: Path, *kept: Kept) -> None:
+    """The first bitmap is removed, and of the image these ranges are kept."""
     with qcow2bm.open(image, writable=True) as opened:
-        stored = BitmapDirectory(opened.qcow2).find("data")
-        without_data = tuple(part for part in keep(stored) if part.label != "bitmap data")
         draft = opened.draft()
         draft.remove("data")
-        opened.commit(replace(draft.plan(), kept=without_data), undo=undo)
+        opened.commit(replace(draft.plan(), kept=kept), undo=undo)
+
+
+@pytest.mark.parametrize("part", ["table", "data"])
+def test_what_was_not_kept_is_not_made_up(tmp_path: Path, part: str) -> None:
+    image, undo = many(tmp_path), tmp_path / "undo"
+    with qcow2bm.open(image) as opened:
+        everything = keep(BitmapDirectory(opened.qcow2).find("data"))
+    removed_with(image, undo, *(one for one in everything if one.label != f"bitmap {part}"))
     with qcow2bm.open(image, writable=True) as opened, Quarantine(undo) as held:
         assert "was not kept" in str(held.bitmaps[0].fault)
-        with pytest.raises(BitmapBrokenError, match="its data: the cluster at"):
+        with pytest.raises(BitmapBrokenError, match=f"its {part}.* at 0x"):
             held.bring_back(opened.draft(), held.bitmaps[0], stale=True)
+
+
+def test_a_disk_size_that_no_bitmap_fits_takes_no_memory(tmp_path: Path) -> None:
+    """A made-up undo file: the header says that the disk has 2^60 bytes."""
+    image, undo = many(tmp_path), tmp_path / "undo"
+    put_flags(image, 0, IN_USE)
+    raw = Raw.load(image)
+    header = bytearray(raw.data[:112])
+    header[24:32] = (1 << 60).to_bytes(8, "big")
+    with qcow2bm.open(image) as opened:
+        everything = keep(BitmapDirectory(opened.qcow2).find("data"))
+    place = len(raw.data)
+    raw.data += bytes(header).ljust(512, b"\0")
+    raw.save(image)
+    removed_with(image, undo, Kept("image header", place, 112), *everything[1:])
+    with Quarantine(undo) as held:
+        assert "too small for a disk of 1152921504606846976 bytes" in str(held.bitmaps[0].fault)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +505,30 @@ def test_only_what_lies_in_the_file_is_kept_whatever_the_numbers_say(tmp_path: P
         ]  # fmt: skip
 
 
+def test_a_table_that_begins_within_a_cluster_is_none_and_names_no_data(tmp_path: Path) -> None:
+    image = many(tmp_path)
+    raw = Raw.load(image)
+    unaligned_table(raw)
+    raw.save(image)
+    with qcow2bm.open(image) as opened:
+        labels = [part.label.partition(":")[0] for part in keep(BitmapDirectory(opened.qcow2).bitmaps[0])]
+    assert labels == ["image header", "bitmap directory entry", "bitmap table"]
+
+
+def test_where_the_granularity_is_nonsense_table_and_data_are_kept_all_the_same(tmp_path: Path) -> None:
+    """Somebody may know better what it was."""
+    image = many(tmp_path)
+    with qcow2bm.open(image) as opened:
+        healthy = [(part.offset, part.length) for part in keep(BitmapDirectory(opened.qcow2).bitmaps[0])]
+    for granularity in (12, 200):
+        raw = Raw.load(image)
+        raw.put(entry_of(raw, "data") + 17, granularity, 1)
+        raw.save(image)
+        with qcow2bm.open(image) as opened:
+            assert [(part.offset, part.length) for part in keep(BitmapDirectory(opened.qcow2).bitmaps[0])] == healthy
+    assert len(healthy) > 3
+
+
 def test_neighbouring_clusters_are_one_range_and_each_is_kept_once(tmp_path: Path) -> None:
     image = many(tmp_path)
     raw = Raw.load(image)
@@ -492,6 +539,14 @@ def test_neighbouring_clusters_are_one_range_and_each_is_kept_once(tmp_path: Pat
         directory = BitmapDirectory(opened.qcow2)
         assert [part.length for part in keep(directory.find("data")) if part.label == "bitmap data"] == [512]
         assert [part for part in keep(directory.find("empty")) if part.label == "bitmap data"] == []
+    raw.put(second, raw.number(raw.bitmap_data("off")[0]))
+    raw.save(image)
+    with qcow2bm.open(image) as opened:
+        kept = keep(BitmapDirectory(opened.qcow2).find("data"))
+    assert [(part.offset, part.length) for part in kept if part.label == "bitmap data"] == [
+        (raw.number(first), 512),
+        (raw.number(second), 512),
+    ]
 
 
 def test_data_that_the_file_has_only_in_part_reads_as_zeroes_past_its_end(tmp_path: Path) -> None:
@@ -573,7 +628,7 @@ def test_the_list_shows_what_there_is(taken, run) -> None:
     held = undo.read_bytes()
     status, out, err = run("undo", image, undo, "--list")
     assert (status, err) == (0, "")
-    for text in ("complete", "can be undone  yes", "4 bitmaps", "data", "for the test"):
+    for text in ("complete", "can be undone  yes", "bitmaps: 4", "data", "for the test"):
         assert text in out
     parsed = json.loads(run("undo", image, undo, "--list", "--output", "json")[1])
     assert (parsed["state"], parsed["obstacle"], parsed["changed"]) == ("complete", None, False)

@@ -423,7 +423,23 @@ def test_a_journal_in_the_way_is_never_overwritten(tmp_path: Path) -> None:
     assert not (tmp_path / "undo").exists()
 
 
-def test_a_scene_of_a_repair_keeps_what_the_plan_wants_kept(tmp_path: Path) -> None:
+def test_an_undo_file_that_does_not_fit_is_removed_and_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = three(tmp_path)
+    before = image.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(UndoError, match="undo: No space left"):
+        commit_repair(image, tmp_path / "undo")
+    assert image.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.qcow2"]
+
+
+def test_what_a_plan_wants_kept_is_in_the_undo_file(tmp_path: Path) -> None:
     image = three(tmp_path)
     before = image.read_bytes()
     with qcow2bm.open(image, writable=True) as opened:

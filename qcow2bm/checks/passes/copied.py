@@ -38,19 +38,21 @@ def copied(view: View) -> Iterator[Finding]:
 
 
 def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Finding]:
-    geometry, data_file = view.geometry, view.header.has_data_file
+    """The entries of one L2 table; neighbours that are wrong in the same way are one finding, but not for QEMU."""
+    geometry = view.geometry
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
-    for index, value in enumerate(values):
-        entry = L2Entry(value)
-        if not value or not entry.is_standard(geometry, data_file=data_file):
-            continue
-        stored = 1 if data_file else view.stored.get(geometry.cluster_of(entry.host_offset))
-        if stored is None or (stored == 1) == entry.copied:
-            continue
+    apart = view.as_qemu or visits > 1
+    one_by_one = ((index, index + 1) for index in view.census.miscopied(values)) if apart else ()
+    for index, stop in one_by_one if apart else view.census.miscopied_runs(values):
+        value, length = values[index], stop - index
+        cluster = geometry.cluster_of(L2Entry(value).host_offset)
+        stored = 1 if view.header.has_data_file else view.stored.get(cluster)
         guest = l1_index * geometry.l2_span + index * geometry.cluster_size
         place = offset + index * geometry.l2_entry_size
-        where = Location("L2 table", place, index, guest, geometry.cluster_size)
-        flag = "set" if entry.copied else "clear"
+        where = Location("L2 table", place, index, guest, length * geometry.cluster_size)
+        flag = "set" if value & COPIED else "clear"
         text = f"the copied flag of L2 entry {value:#x} is {flag}, its cluster's refcount is {stored}"
-        cluster = geometry.cluster_of(entry.host_offset)
-        yield found("copied-l2", text, where, count=visits, entry=value, refcount=stored, first=cluster)
+        yield found(
+            "copied-l2", text, where, count=visits * length, entry=value, refcount=stored or 0, first=cluster,
+            entries=length,
+        )  # fmt: skip
