@@ -186,7 +186,7 @@ def test_a_program_that_knows_no_bitmaps(tmp_path: Path, asked: Asked, capsys) -
     said = asked(image, "daily")
     assert (said["status"], said["state"], codes(said)) == (4, "detached", ["bitmap-detached"])
     assert "a program that knows no bitmaps wrote to the image" in signs(said)["autoclear-off"]
-    assert list(ways(said)) == ["rebuild", "all-dirty", "remove"]
+    assert list(ways(said)) == ["all-dirty", "remove"], "what a rebuild relies on is true of one of the two"
     assert all("--detached" in way["command"] for way in said["ways-out"])
     qemu_io(image, "write -P 1 2M 64k")
     assert bitmap_info(image) == []
@@ -294,16 +294,17 @@ def test_every_way_leads_out(tmp_path: Path, asked: Asked, capsys) -> None:
     killed(image)
     raw = Raw.load(image)
     raw.put(88, 0)
-    for data in (image.read_bytes(), bytes(raw.data)):
+    every = ["rebuild", "snapshot", "allocated", "all-dirty", "remove"]
+    for data, policies in ((image.read_bytes(), every), (bytes(raw.data), every[3:])):
         image.write_bytes(data)
         offered = ways(asked(image, "daily"))
-        assert list(offered) == ["rebuild", "snapshot", "allocated", "all-dirty", "remove"]
+        assert list(offered) == policies
         for name, way in offered.items():
             image.write_bytes(data)
             words = [str(tmp_path / "old.raw") if word == "BASE" else word for word in way["command"][1:]]
             status = __main__.main([*words, "--yes"] if words[0] == "repair" else words)
             out = capsys.readouterr().out
-            assert status in (0, 4), (words, out)  # 4: `remove` has left the other one as it was
+            assert status in (0, 4), (words, out)  # 4: the other one is as it was
             assert f"{way['proof']}: " in out or name == "remove"
             status = __main__.main(["why", str(image), "daily"])
             capsys.readouterr()

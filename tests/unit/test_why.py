@@ -224,7 +224,7 @@ def test_all_there_is_to_say(tmp_path: Path, run) -> None:
     titles = [line.strip() for line in lines if line.startswith("  ") and not line.startswith("   ")]
     assert titles[:4] == ["why", "who wrote last", "ways out", "not here"]
     assert "    bitmap-inconsistent: bitmap 'recording' is marked in use, and nobody has the image open" in lines
-    assert f"    qcow2bm repair {image} --in-use all-dirty" in lines
+    assert f"    qcow2bm repair {image} --in-use all-dirty --bitmap recording" in lines
     assert f"    qcow2bm remove {image} recording" in lines
     assert "      next backup a full one, with which a new bitmap starts" in lines
     assert "    - snapshot: the image has no internal snapshot" in lines
