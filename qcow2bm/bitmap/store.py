@@ -234,18 +234,18 @@ def require_ready(bitmap: StoredBitmap) -> None:
     """
     state, name = bitmap.state, bitmap.name
     if state is State.BROKEN:
-        raise BitmapBrokenError(f"bitmap '{name}' is broken: {bitmap.fault}", hint="only removing it is possible")
+        raise BitmapBrokenError(f"bitmap '{name}' is broken: {bitmap.fault}", hint="`qcow2bm why` names the ways out")
     if state is State.ACTIVE:
         raise BitmapInconsistentError(f"bitmap '{name}' is in use by a running VM", hint="shut the VM down first")
     if state is State.INCONSISTENT:
         raise BitmapInconsistentError(
             f"bitmap '{name}' is inconsistent: its last writer did not close the image, so its bits are stale",
-            hint="remove it and start a new one with a full backup",
+            hint="`qcow2bm why` names the ways out: a salvage by `qcow2bm repair`, or a new bitmap with a full backup",
         )
     if state is State.DETACHED:
         raise BitmapInconsistentError(
             f"bitmap '{name}' is detached: a program that knows no bitmaps wrote to the image, so its bits are stale",
-            hint="remove it and start a new one with a full backup",
+            hint="`qcow2bm why` names the ways out: a salvage by `qcow2bm repair`, or a new bitmap with a full backup",
         )
 
 

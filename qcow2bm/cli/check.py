@@ -137,7 +137,7 @@ def _print(path: Path, report: Report) -> None:
     if not report.complete:
         print("  part of the image could not be checked: see below")
     if report.worst is Severity.CORRUPTION:
-        print("  start no VM from it and let nothing repair it before there is a copy: problems can have one cause")
+        print("  start no VM from it before that is settled; `qcow2bm repair --dry-run` says what can be done")
     for problem, findings in _by_problem(report):
         count = report.counts[problem.code]
         head = f"{problem.severity.value} {problem.code}" + (f" ({count})" if count > 1 else "")

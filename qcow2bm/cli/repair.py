@@ -197,33 +197,40 @@ def _require_sense(policy: RepairPolicy, manner: Manner) -> None:
     Raises:
         UsageError: they do.
     """
-    salvages = (policy.in_use, policy.detached)
     if manner.undo is not None and not policy.keeps_undo:
         raise UsageError("--undo and --no-undo contradict each other")
     if manner.interactive and (manner.assume_yes or manner.output is Output.JSON):
         raise UsageError("--interactive asks, --yes and --output json do not", hint="choose one of them")
-    for option, value, wanted in (
-        ("--against", policy.against, Salvage.REBUILD),
-        ("--snapshot", policy.snapshot, Salvage.SNAPSHOT),
-    ):
-        if (value is not None) != (wanted in salvages):
-            raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
-    if policy.bitmaps and salvages == (Salvage.KEEP, Salvage.KEEP):
-        raise UsageError("--bitmap says what --in-use or --detached is about", hint="give one of them too")
-    if policy.against_format is not None and policy.against is None:
-        raise UsageError("--against-format goes with --against")
-    if policy.snapshot_is_start and Salvage.SNAPSHOT not in salvages:
-        raise UsageError("--snapshot-is-start goes with the policy snapshot")
-    if policy.layer_is_newer and Salvage.ALLOCATED not in salvages:
-        raise UsageError("--layer-is-newer goes with the policy allocated")
-    if salvages != (Salvage.KEEP, Salvage.KEEP) and not policy.covers(Scope.BITMAPS):
-        raise UsageError("--only leaves the bitmaps out, --in-use or --detached is about them")
-    if Salvage.REMOVE in salvages and not policy.allows(RepairClass.LOSSY):
-        raise UsageError("removing bitmaps is lossy", hint="say --allow lossy too")
     if not manner.interactive and not manner.dry_run and not manner.assume_yes and not _is_terminal():
         raise UsageError("nobody can be asked here", hint="look at the plan with --dry-run, then repeat with --yes")
     if manner.interactive and not _is_terminal():
         raise UsageError("--interactive needs a terminal")
+    _require_sensible_salvage(policy)
+
+
+def _require_sensible_salvage(policy: RepairPolicy) -> None:
+    """The options that belong to a policy for bitmaps go with it; raises as `_require_sense`."""
+    salvages = (policy.in_use, policy.detached)
+    for option, given, wanted in (
+        ("--against", policy.against is not None, Salvage.REBUILD),
+        ("--snapshot", policy.snapshot is not None, Salvage.SNAPSHOT),
+    ):
+        if given != (wanted in salvages):
+            raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
+    for option, given, wanted in (
+        ("--against-format", policy.against_format is not None, Salvage.REBUILD),
+        ("--snapshot-is-start", policy.snapshot_is_start, Salvage.SNAPSHOT),
+        ("--layer-is-newer", policy.layer_is_newer, Salvage.ALLOCATED),
+    ):
+        if given and wanted not in salvages:
+            raise UsageError(f"{option} goes with the policy {wanted.value}")
+    if salvages == (Salvage.KEEP, Salvage.KEEP):
+        if policy.bitmaps:
+            raise UsageError("--bitmap says what --in-use or --detached is about", hint="give one of them too")
+    elif not policy.covers(Scope.BITMAPS):
+        raise UsageError("--only leaves the bitmaps out, --in-use or --detached is about them")
+    if Salvage.REMOVE in salvages and not policy.allows(RepairClass.LOSSY):
+        raise UsageError("removing bitmaps is lossy", hint="say --allow lossy too")
 
 
 def _is_terminal() -> bool:
@@ -274,7 +281,7 @@ def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) 
         return repair_json(image, session, changed=False, undo=None), session.plan.before
     undo = None
     if policy.keeps_undo:
-        undo = manner.undo if manner.undo is not None else default_undo(image)
+        undo = manner.undo if manner.undo is not None or session.file.is_device else default_undo(image)
     with committing(session.plan.plan, None) as written:
         report = session.commit(undo=undo, progress=written)
     if human:

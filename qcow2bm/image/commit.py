@@ -258,5 +258,5 @@ class _Engine:
             return kind(f"writing failed ({cause.message})", hint="everything was put back as it was")
         return ImageIOError(
             f"the change is done, but giving clusters back failed ({cause.message})",
-            hint="`qcow2bm qemu-img check -r leaks` gives them back",
+            hint="`qcow2bm repair --only leaks` gives them back",
         )

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import (
-    RUN_CHECK,
     InterruptedChangeError,
     LockingUnavailableError,
     TruncatedImageError,
@@ -133,11 +132,14 @@ class Qcow2Image:
                 be trusted.
         """
         if self.header.incompatible_features & Incompatible.CORRUPT:
-            raise UnsupportedImageError("it is marked corrupt and must not be written to", hint=RUN_CHECK)
+            raise UnsupportedImageError(
+                "it is marked corrupt and must not be written to",
+                hint="`qcow2bm repair --dry-run` says what can be done",
+            )
         if self.header.incompatible_features & Incompatible.DIRTY:
             raise UnsupportedImageError(
                 "it is marked dirty: its refcounts were left behind by a crash",
-                hint="`qcow2bm qemu-img check -r all` brings them up to date",
+                hint="`qcow2bm repair` brings them up to date",
             )
 
     @property

@@ -15,7 +15,7 @@ from itertools import islice
 from ..bitmap import header_area
 from ..bitmap.quarantine import keep
 from ..bitmap.store import StoredBitmap
-from ..checks.lost import Leaked, LostDirectory, lost_directories
+from ..checks.lost import Leaked, LostDirectory, bitmap_places, lost_directories
 from ..checks.model import Finding, RepairClass
 from ..errors import CorruptImageError
 from ..format.bitmap_directory import BitmapEntry
@@ -44,6 +44,10 @@ _OF_ONE = (
     *("bitmap-entry-reserved", "bitmap-entry-all-ones", "bitmap-entry-unaligned", "bitmap-data-outside"),
     "bitmap-clusters-shared",
 )
+_MOST_LEAKED = 1 << 16
+"""Leaked clusters up to which a lost directory is looked for."""
+_CANDIDATES = 64
+"""Lost directories that are looked at for the one that counts."""
 _NAMES = ("bitmap-name-duplicate", "bitmap-name")
 
 
@@ -154,15 +158,25 @@ def _directory(shop: Workshop) -> Iterator[Proposal]:
 def _lost_directory(shop: Workshop, pointer: BitmapsExtension) -> LostDirectory | None:
     """The directory that the extension should name, if there is no doubt about it.
 
-    It must be the only one that nothing refers to, and as long as the extension says: a change that was cut short may
-    have left an older one, but then the newer one is there too.
+    Clusters that were used before still hold older directories. The one that counts is as long as the extension says,
+    and explains every cluster that is counted without a reference.
     """
-    found = list(islice(lost_directories(shop.view, Leaked(shop.view.leaks)), 2))
-    if len(found) != 1:
+    view = shop.view
+    leaked = Leaked(view.leaks)
+    if sum(run.count for run in view.leaks) > _MOST_LEAKED:
         return None
-    (lost,) = found
-    right = (len(lost.entries), lost.size) == (pointer.nb_bitmaps, pointer.bitmap_directory_size)
-    return lost if right else None
+    for lost in islice(lost_directories(view, leaked), _CANDIDATES):
+        if (len(lost.entries), lost.size) != (pointer.nb_bitmaps, pointer.bitmap_directory_size):
+            continue
+        places = [place for _, entry in lost.entries for place in bitmap_places(view, entry)]
+        clusters = Counter(
+            cluster
+            for offset, length in [(lost.offset, lost.size), *places]
+            for cluster in range(view.geometry.cluster_of(offset), view.geometry.clusters(offset + length))
+        )
+        if clusters.keys() == set(leaked) and clusters.total() == len(clusters):
+            return lost
+    return None
 
 
 def _point_to(shop: Workshop, lost: LostDirectory) -> None:
