@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev tools demo check test bench fuzz docs clean
+.PHONY: help setup dev tools demo check test bench fuzz reliability docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
-		do printf '  make %-7s %s\n' "$$name" "$$text"; done
+		do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 setup: $(VENV)/.installed ## create .venv and install qcow2bm as .venv/bin/qcow2bm
 
@@ -30,6 +30,9 @@ bench: dev ## measure against qemu-img and rewrite docs/performance.md
 
 fuzz: tools dev ## the property tests with many more, random examples
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
+
+reliability: tools dev ## repair 600 damaged images beside qemu-img and rewrite docs/reliability.md
+	$(BIN)/python -m tests.reliability
 
 docs: dev ## regenerate the generated pages of docs/
 	$(BIN)/python docs/generate.py

@@ -150,9 +150,7 @@ def _repair(request: Request, totals: Totals) -> None:
     from .qemu_repair import repair
 
     if request.force_share:
-        raise RefusedError(
-            f"Could not open '{request.image}': force-share=on can only be used with read-only images"
-        )
+        raise RefusedError(f"Could not open '{request.image}': force-share=on can only be used with read-only images")
     with _opening(request), opened(request.image, writable=True) as (file, locked):
         repair(file, request.image, Mode(request.repair), totals, locked=locked)
 

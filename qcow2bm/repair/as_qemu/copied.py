@@ -64,8 +64,8 @@ class CopiedFlags:
 
     def _mend_l2(self, finding: Finding) -> Iterator[Event]:
         geometry = self._node.geometry
-        index = finding.location.index or 0
-        table = _place(finding) - index * geometry.l2_entry_size, (finding.location.guest_offset or 0) // geometry.l2_span
+        offset = _place(finding) - (finding.location.index or 0) * geometry.l2_entry_size
+        table = offset, (finding.location.guest_offset or 0) // geometry.l2_span
         if table != self._table:
             yield from self._end_table()
             self._table = table

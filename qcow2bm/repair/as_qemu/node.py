@@ -1,7 +1,7 @@
 """An image as QEMU has it open for writing: what it has read once and works with, and what it will not overwrite.
 
-Before QEMU writes to a place of metadata it looks whether that is part of other metadata; if so it does not write, marks
-the image corrupt and lets nobody use it any more.
+Before QEMU writes to a place of metadata it looks whether that is part of other metadata; if so it does not write, but
+marks the image corrupt and lets nobody use it any more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What opening an image for writing does to its header: bits that nobody knows are cleared, detached bitmaps dropped."""
+"""What opening an image for writing does to its header: unknown bits are cleared, detached bitmaps dropped."""
 
 from __future__ import annotations
 

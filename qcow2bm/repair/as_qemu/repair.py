@@ -13,14 +13,14 @@ from pathlib import Path
 from ...checks.model import Allocation, Finding, InQemu
 from ...checks.passes import mapping
 from ...checks.runner import Inspection
-from ...image.commit import commit
-from ...image.image import Qcow2Image
+from ...image.commit import carry_out
 from ...image.overlay import OverlayFile
 from ...image.plan import Plan
 from .blocks import RefcountBlocks
 from .comparing import Comparison
 from .copied import CopiedFlags
 from .counting import Counting, exhaust, look, view_of
+from .device import needs_journal, without_journal
 from .model import Counts, Event, GivenUpError, Mode, Notice
 from .node import Node
 from .opening import update_header
@@ -56,6 +56,7 @@ class Repair:
         self._blocks = RefcountBlocks(self._node)
         self._failures = [finding for finding in found if finding.qemu is InQemu.FAILS]
         self._snapshots = Counts()
+        self._has_new_table = False
         self.counts = Counts()
         self.reason: int | None = None
         self.given_up = False
@@ -73,6 +74,7 @@ class Repair:
             yield from read(self._node, self._mode, self._snapshots, self._failure(of_snapshots=True))
             yield from self._refcounts()
             if self._snapshots.corruptions and self._mode is Mode.ALL:
+                self._has_new_table = True
                 yield from rewrite(self._node, self._blocks, self._snapshots)
             self.counts.add(self._snapshots)
             yield from self._unmark()
@@ -169,10 +171,13 @@ class Repair:
         Raises:
             Qcow2bmError: as `qcow2bm.image.commit.commit`.
         """
-        plan, image = self.plan(), self._image
+        plan, base = self.plan(), self._file.base
+        if base.is_device and undo is None and plan:
+            if self._has_new_table:
+                raise needs_journal()
+            plan = without_journal(plan, base)
         if plan:
-            base = _DamagedImage(self._file.base, image.head, image.header, image.extensions, locked=image.locked)
-            commit(base, plan, undo=undo, progress=progress)
+            carry_out(base, plan, undo=undo, progress=progress)
 
 
 def _counted_twice(first: Allocation, second: Allocation) -> Allocation:
@@ -183,10 +188,3 @@ def _counted_twice(first: Allocation, second: Allocation) -> Allocation:
         fragmented=first.fragmented + second.fragmented,
         compressed=first.compressed + second.compressed,
     )
-
-
-class _DamagedImage(Qcow2Image):
-    """An image that may be beyond what others open, also after its repair."""
-
-    def reload(self) -> None:
-        """Leave it: whoever goes on opens it anew."""
