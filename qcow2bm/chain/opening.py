@@ -157,7 +157,7 @@ class _Opening:
         with naming(path):
             identity = _plain_identity(file)
             if identity in self._held:
-                raise UsageError("it is the very image that is being changed: name an older copy of it")
+                raise UsageError("it is the very image that is being changed: name a copy from when the bitmap began")
             if identity in self._seen:
                 raise UnsupportedImageError("it comes twice in one chain: the chain is a loop")
             self._seen.add(identity)

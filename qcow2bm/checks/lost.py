@@ -144,10 +144,10 @@ def _lost_table(view: View, cluster: int, leaked: Leaked) -> list[int]:
         if view.file.is_hole(start + at, size - at):
             break
         values = table_entries(view.file.read_padded(start + at, SECTOR))
-        for index in range(0, len(values), view.geometry.l2_entry_words):
-            if not values[index]:
+        for index in range(len(values) // view.geometry.l2_entry_words):
+            entry = L2Entry.of(values, index, view.geometry)
+            if not entry.value:
                 continue
-            entry = L2Entry(values[index], values[index + 1] if view.geometry.extended_l2 else 0)
             place = entry.host_range(view.geometry)
             if next(entry.faults(view.geometry, version=view.header.version), None) is not None:
                 return []

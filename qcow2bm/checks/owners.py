@@ -100,11 +100,11 @@ class OwnerSearch:
         self._walked.add(offset)
         if self._view.file.is_hole(offset, self._geometry.cluster_size):
             return []
-        table, stride = self._view.file.read_padded(offset, self._geometry.cluster_size), self._geometry.l2_entry_words
+        table = self._view.file.read_padded(offset, self._geometry.cluster_size)
         values = table_entries(table)
         hits = []
         for index in self._candidates(table):
-            entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
+            entry = L2Entry.of(values, index, self._geometry)
             reach = entry.host_range(self._geometry)
             if reach is not None and self._is_wanted(*reach):
                 hits.append((index, reach))

@@ -75,6 +75,8 @@ def check(
     if repair is not None:
         if force_share:
             raise UsageError("-U reads an image that others write to, -r writes to it")
+        if owners or max_findings != DEFAULT_LIMIT:
+            raise UsageError("--owners and --max-findings are for a check without -r")
         return _repair(images, repair, output, progress)
     documents: list[JsonObject] = []
     statuses: list[int] = []

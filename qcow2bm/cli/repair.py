@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..checks.model import RepairClass, Report
-from ..errors import OutdatedPlanError, UsageError
+from ..errors import OutdatedPlanError, UndoError, UsageError
 from ..repair.model import RepairPolicy, Salvage, Scope, Step
 from ..repair.session import Repair, default_undo, repairing
 from .committing import committing
@@ -54,12 +54,17 @@ NamesOption = Annotated[
 ]  # fmt: skip
 AgainstOption = Annotated[
     Path | None,
-    typer.Option("--against", metavar="BASE", help="For rebuild: an older copy of the disk.", show_default=False),
-]
+    typer.Option(
+        "--against",
+        metavar="BASE",
+        help="For rebuild: the disk exactly as it was when the bitmap began.",
+        show_default=False,
+    ),
+]  # fmt: skip
 
 
 class BaseFormat(StrEnum):
-    """Formats of an older copy of the disk."""
+    """Formats of BASE."""
 
     RAW = "raw"
     QCOW2 = "qcow2"
@@ -72,6 +77,12 @@ AgainstFormatOption = Annotated[
         help="The format of BASE. A raw copy need not say so; what looks like qcow2 may be a raw disk with one inside.",
     ),
 ]  # fmt: skip
+DataFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-file", metavar="FILE", help="For rebuild: the image's external data file.", show_default=False
+    ),
+]
 SnapshotOption = Annotated[
     str | None,
     typer.Option("--snapshot", metavar="ID", help="For snapshot: id or name of a snapshot.", show_default=False),
@@ -123,7 +134,8 @@ class Manner:
     """How a repair is run; what it may do is its policy.
 
     Attributes:
-        declined: titles of steps that are not to be taken.
+        expected: the fingerprint of the plan that is to be carried out.
+        declined: keys of steps that are not to be taken.
     """
 
     dry_run: bool = False
@@ -148,6 +160,7 @@ def repair(
     bitmap: NamesOption = None,
     against: AgainstOption = None,
     against_format: AgainstFormatOption = None,
+    data_file: DataFileOption = None,
     snapshot: SnapshotOption = None,
     layer_is_newer: LayerOption = False,
     snapshot_is_start: StartOption = False,
@@ -172,12 +185,29 @@ def repair(
     Policies for --in-use and --detached: keep, remove, all-dirty, allocated, rebuild, snapshot.
     """
     policy = RepairPolicy(
-        RepairClass(allow.value), frozenset(only or ()), in_use, detached, frozenset(bitmap or ()), against,
-        None if against_format is None else against_format.value, snapshot,
-        layer_is_newer=layer_is_newer, snapshot_is_start=snapshot_is_start, keep_stale=stale, keeps_undo=not no_undo,
-    )  # fmt: skip
+        allow=RepairClass(allow.value),
+        only=frozenset(only or ()),
+        in_use=in_use,
+        detached=detached,
+        bitmaps=frozenset(bitmap or ()),
+        against=against,
+        against_format=None if against_format is None else against_format.value,
+        data_file=data_file,
+        snapshot=snapshot,
+        layer_is_newer=layer_is_newer,
+        snapshot_is_start=snapshot_is_start,
+        keep_stale=stale,
+        keeps_undo=not no_undo,
+    )
     manner = Manner(
-        dry_run or plan is not None, yes, interactive, undo, plan, None, frozenset(), not no_lock, output, progress
+        dry_run=dry_run or plan is not None,
+        assume_yes=yes,
+        interactive=interactive,
+        undo=undo,
+        save=plan,
+        use_locks=not no_lock,
+        output=output,
+        progress=progress,
     )
     if apply is not None:
         if policy != RepairPolicy(keeps_undo=not no_undo) or interactive or dry_run or plan is not None:
@@ -201,6 +231,8 @@ def _require_sense(policy: RepairPolicy, manner: Manner) -> None:
         raise UsageError("--undo and --no-undo contradict each other")
     if manner.interactive and (manner.assume_yes or manner.output is Output.JSON):
         raise UsageError("--interactive asks, --yes and --output json do not", hint="choose one of them")
+    if manner.output is Output.JSON and not (manner.dry_run or manner.assume_yes):
+        raise UsageError("--output json asks nothing", hint="say --dry-run or --yes")
     if not manner.interactive and not manner.dry_run and not manner.assume_yes and not _is_terminal():
         raise UsageError("nobody can be asked here", hint="look at the plan with --dry-run, then repeat with --yes")
     if manner.interactive and not _is_terminal():
@@ -219,14 +251,15 @@ def _require_sensible_salvage(policy: RepairPolicy) -> None:
             raise UsageError(f"{option} goes with the policy {wanted.value}, and that policy with it")
     for option, given, wanted in (
         ("--against-format", policy.against_format is not None, Salvage.REBUILD),
+        ("--data-file", policy.data_file is not None, Salvage.REBUILD),
         ("--snapshot-is-start", policy.snapshot_is_start, Salvage.SNAPSHOT),
         ("--layer-is-newer", policy.layer_is_newer, Salvage.ALLOCATED),
     ):
         if given and wanted not in salvages:
             raise UsageError(f"{option} goes with the policy {wanted.value}")
     if salvages == (Salvage.KEEP, Salvage.KEEP):
-        if policy.bitmaps:
-            raise UsageError("--bitmap says what --in-use or --detached is about", hint="give one of them too")
+        if policy.bitmaps or policy.keep_stale is not None:
+            raise UsageError("--bitmap and --stale go with --in-use or --detached", hint="give one of them too")
     elif not policy.covers(Scope.BITMAPS):
         raise UsageError("--only leaves the bitmaps out, --in-use or --detached is about them")
     if Salvage.REMOVE in salvages and not policy.allows(RepairClass.LOSSY):
@@ -244,12 +277,12 @@ def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, ob
         UsageError: nobody can be asked.
         Qcow2bmError: the repair cannot be worked out or carried out; the image is as before.
     """
-    asked: list[str] = []
+    declined: list[str] = []
 
     def ask(step: Step) -> bool:
-        taken = step.title not in manner.declined and (not manner.interactive or _agrees(step_lines(step), "Do this?"))
+        taken = step.key not in manner.declined and (not manner.interactive or _agrees(step_lines(step), "Do this?"))
         if not taken:
-            asked.append(step.title)
+            declined.append(step.key)
         return taken
 
     with (
@@ -260,10 +293,13 @@ def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, ob
     ):
         if session.rolled_back:
             warn("an earlier change was cut short by a crash; it was rolled back first", image)
+        if session.file.is_device and policy.keeps_undo and manner.undo is None and not manner.dry_run:
+            text = "a repair on a device needs a journal, and that a place which a crash leaves alone"
+            raise UndoError(text, hint="name a file on another disk: `qcow2bm repair DEVICE --undo FILE`")
         if manner.expected is not None and session.fingerprint != manner.expected:
             raise OutdatedPlanError("the image has changed since the plan was made", hint="make a new plan")
         if manner.save is not None:
-            save_plan(manner.save, session, policy, frozenset(asked), image)
+            save_plan(manner.save, session, policy, frozenset(declined), image)
         return _finish(session, image, policy, manner)
 
 
@@ -281,7 +317,7 @@ def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) 
         return repair_json(image, session, changed=False, undo=None), session.plan.before
     undo = None
     if policy.keeps_undo:
-        undo = manner.undo if manner.undo is not None or session.file.is_device else default_undo(image)
+        undo = manner.undo if manner.undo is not None else default_undo(image)
     with committing(session.plan.plan, None) as written:
         report = session.commit(undo=undo, progress=written)
     if human:

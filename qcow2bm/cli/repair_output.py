@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..checks.model import RepairClass, Report, Severity
-from ..repair.model import Edit, RepairPlan, Step
+from ..repair.model import Patch, RepairPlan, Step
 from ..repair.session import Repair
 from .output import JsonObject
 from .sizes import human_size
@@ -66,7 +66,7 @@ def _guest_lines(step: Step) -> Iterator[str]:
         yield f"    and {len(step.guest) - _SHOWN} more ranges, {human_size(total)} in all"
 
 
-def _edit_line(edit: Edit) -> str:
+def _edit_line(edit: Patch) -> str:
     change = f"{edit.old.hex()} -> {edit.new.hex()}" if edit.length <= 16 and edit.old else ""
     return f"{edit.offset:#014x} {edit.length:>8}  {printable(edit.purpose)}  {change}".rstrip()
 
@@ -91,7 +91,7 @@ def repair_json(
         "changed": changed,
         "rolled-back": session.rolled_back,
         "status-before": plan.before.exit_status,
-        "status": after.exit_status if changed or not plan.plan else plan.after.exit_status,
+        "status": after.exit_status,
         "verdict": after.worst.value if after.worst is not None else "clean",
         "counts-before": dict(plan.before.counts),
         "counts": dict(after.counts),

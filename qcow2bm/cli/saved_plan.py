@@ -12,9 +12,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks.model import RepairClass
 from ..errors import UsageError
-from ..repair.model import RepairPolicy, Salvage, Scope
+from ..repair.model import RepairPolicy
 from ..repair.session import Repair
 from .repair_output import repair_json
 
@@ -33,20 +32,7 @@ def save_plan(path: Path, session: Repair, policy: RepairPolicy, declined: froze
         "kind": _KIND,
         "version": _VERSION,
         "fingerprint": session.fingerprint,
-        "policy": {
-            "allow": policy.allow.value,
-            "only": sorted(scope.value for scope in policy.only),
-            "in-use": policy.in_use.value,
-            "detached": policy.detached.value,
-            "bitmaps": sorted(policy.bitmaps),
-            "against": None if policy.against is None else str(policy.against.resolve()),
-            "against-format": policy.against_format,
-            "snapshot": policy.snapshot,
-            "layer-is-newer": policy.layer_is_newer,
-            "snapshot-is-start": policy.snapshot_is_start,
-            "keep-stale": policy.keep_stale,
-            "keeps-undo": policy.keeps_undo,
-        },
+        "policy": policy.to_json(),
         "declined": sorted(declined),
         "plan": repair_json(image, session, changed=False, undo=None),
     }
@@ -61,7 +47,7 @@ def save_plan(path: Path, session: Repair, policy: RepairPolicy, declined: froze
 
 
 class Loaded(NamedTuple):
-    """A saved plan: its policy, what it must come to, and the titles of steps that are not to be taken."""
+    """A saved plan: its policy, what it must come to, and the keys of steps that are not to be taken."""
 
     policy: RepairPolicy
     fingerprint: str
@@ -78,25 +64,10 @@ def load_plan(path: Path, *, keeps_undo: bool) -> Loaded:
     try:
         if document["kind"] != _KIND or document["version"] != _VERSION:
             raise ValueError
-        said = document["policy"]
-        against = said["against"]
-        policy = RepairPolicy(
-            RepairClass(said["allow"]),
-            frozenset(Scope(name) for name in said["only"]),
-            Salvage(said["in-use"]),
-            Salvage(said["detached"]),
-            frozenset(map(str, said["bitmaps"])),
-            None if against is None else Path(against),
-            None if said["against-format"] is None else str(said["against-format"]),
-            None if said["snapshot"] is None else str(said["snapshot"]),
-            layer_is_newer=bool(said["layer-is-newer"]),
-            snapshot_is_start=bool(said["snapshot-is-start"]),
-            keep_stale=None if said["keep-stale"] is None else bool(said["keep-stale"]),
-            keeps_undo=bool(said["keeps-undo"]),
-        )
+        policy = RepairPolicy.from_json(document["policy"])
         declined = frozenset(map(str, document["declined"]))
         expected = str(document["fingerprint"])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UsageError(f"{path} is no plan that this version of `repair --plan` has saved") from None
     if policy.keeps_undo is not keeps_undo:
         raise UsageError("the plan was made " + ("without" if keeps_undo else "with") + " an undo file")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -102,6 +102,18 @@ class L2Entry:
 
     value: int
     bitmap: int = 0
+
+    @classmethod
+    def of(cls, words: Sequence[int], index: int, geometry: Geometry) -> L2Entry:
+        """Entry `index` of an L2 table that is given as 64-bit words."""
+        if not geometry.extended_l2:
+            return cls(words[index])
+        return cls(words[2 * index], words[2 * index + 1])
+
+    def build(self, geometry: Geometry) -> bytes:
+        """The entry's 8 bytes, or 16 with its subcluster bitmap."""
+        words = (self.value, self.bitmap)[: geometry.l2_entry_words]
+        return b"".join(word.to_bytes(8, "big") for word in words)
 
     @property
     def is_compressed(self) -> bool:

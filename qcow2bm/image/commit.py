@@ -247,7 +247,11 @@ class _Engine:
             cause = from_os_error(error)
             raise ImageIOError(
                 f"writing failed, and so did putting back what was written ({cause.message})",
-                hint=f"the bitmaps are the old ones, clusters may be leaked; {RUN_CHECK}",
+                hint=(
+                    "the next command that opens the image for writing puts the rest back"
+                    if self._plan.journaled
+                    else f"the bitmaps are the old ones, clusters may be leaked; {RUN_CHECK}"
+                ),
             ) from error
         self.rolled_back = True
 

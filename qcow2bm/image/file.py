@@ -19,6 +19,8 @@ from ..errors import FlushError, ImageIOError, NotQcow2Error, TruncatedImageErro
 from ..format.limits import MAX_CLUSTER_BITS
 
 _JOURNAL_SUFFIX = ".qcow2bm-journal"
+UNDO_SUFFIX = ".qcow2bm-undo"
+"""Of the undo file beside an image where the user names no other."""
 
 _A_DIRECTORY = "is a directory, not a qcow2 image"
 

@@ -173,10 +173,8 @@ class _Separation:
         self._point(table, index, L2Entry(new, entry.bitmap))
 
     def _point(self, table: _Table, index: int, entry: L2Entry) -> None:
-        words = (entry.value, entry.bitmap)[: self._geometry.l2_entry_words]
-        data = b"".join(word.to_bytes(8, "big") for word in words)
         place = table.offset + index * self._geometry.l2_entry_size
-        self._pending.append((place, data, f"L2 entry {index}"))
+        self._pending.append((place, entry.build(self._geometry), f"L2 entry {index}"))
 
     def _write(self, offset: int, data: bytes, purpose: str) -> None:
         """Change an entry of a table that stays: whatever guest data shared its cluster moves."""
@@ -188,10 +186,10 @@ class _Separation:
         view, geometry = self._view, self._geometry
         if view.header.has_data_file or self._shop.file.is_hole(table.offset, geometry.cluster_size):
             return
-        data, stride = self._shop.file.read_padded(table.offset, geometry.cluster_size), geometry.l2_entry_words
+        data = self._shop.file.read_padded(table.offset, geometry.cluster_size)
         values = table_entries(data)
         for index in self._candidates(data):
-            entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
+            entry = L2Entry.of(values, index, geometry)
             reach = entry.host_range(geometry)
             if reach is None or view.census.reaches_outside(*reach) or not geometry.is_aligned(entry.host_offset):
                 continue

@@ -11,7 +11,7 @@ from functools import partial
 
 from ..checks.model import Finding, RepairClass
 from ..checks.view import View
-from ..format.entries import COPIED, L1_RESERVED, L2_RESERVED, ZERO, L2Entry, l1_offset
+from ..format.entries import COPIED, L1_RESERVED, L2_RESERVED, ZERO, L2Entry, l1_offset, table_entries
 from ..format.geometry import SUBCLUSTERS, Geometry
 from .model import GuestRange, Proposal, Scope, Step
 from .workshop import Workshop
@@ -129,13 +129,11 @@ def _mend_l2(shop: Workshop, code: str, found: list[Finding], mend: _Mend) -> No
         place = finding.location.host_offset
         assert place is not None, "findings about entries say where they are"
         raw = shop.file.read_padded(place, geometry.l2_entry_size)
-        entry = L2Entry(int.from_bytes(raw[:8], "big"), int.from_bytes(raw[8:], "big"))
+        entry = L2Entry.of(table_entries(raw), 0, geometry)
         # One entry may have several faults, and may have been mended for another of them.
         if _has_fault(view, code, entry) and shop.owns(place):
-            new = mend(geometry, version, entry)
-            words = (new.value, new.bitmap)[: geometry.l2_entry_words]
-            data = b"".join(word.to_bytes(8, "big") for word in words)
-            shop.write(place, data, f"L2 entry {finding.location.index}")
+            new = mend(geometry, version, entry).build(geometry)
+            shop.write(place, new, f"L2 entry {finding.location.index}")
 
 
 def _is_bad_table(view: View, entry: int) -> bool:

@@ -267,7 +267,7 @@ def _write_directory(shop: Workshop, entries: list[BitmapEntry], pointer: Bitmap
         offset = shop.put(data, "bitmap directory")
         shop.given_up.update(clusters)
     new = BitmapsExtension(len(entries), len(data), offset)
-    extension = shop.image.extensions.find(ExtensionType.BITMAPS)
+    extension = shop.seen.image.extensions.find(ExtensionType.BITMAPS)
     assert extension is not None, "the directory was found by it"
     shop.write(extension.data_offset, new.build(), "bitmaps extension")
 

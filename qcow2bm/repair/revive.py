@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..bitmap.edit import Edit
-from ..bitmap.store import State, StoredBitmap
+from ..bitmap.store import State, StoredBitmap, not_found
 from ..checks.model import RepairClass
-from ..errors import Qcow2bmError
+from ..errors import BitmapError, CorruptImageError, UnsupportedImageError
 from .model import Proposal, Salvage, Scope, Step
-from .salvage import Policy, Proof, Salvaged, Terms, apply_salvage, salvaged
+from .salvage import Proof, Salvaged, Terms, apply_salvage, salvaged
 from .workshop import Workshop
+
+if TYPE_CHECKING:
+    from ..chain.opening import Rules
 
 _ON_A_WORD = (Salvage.ALLOCATED, Salvage.REBUILD, Salvage.SNAPSHOT)
 """Policies that hold if something is as it was when the bitmap began, which the user says of one bitmap."""
@@ -25,6 +29,9 @@ def revive(shop: Workshop) -> Iterator[Proposal]:
     policy = shop.policy
     if not policy.covers(Scope.BITMAPS):
         return
+    names = {bitmap.name for bitmap in shop.view.directory.bitmaps}
+    for name in sorted(policy.bitmaps - names):
+        raise not_found(name)
     in_use = _chosen(shop, State.INCONSISTENT)
     for bitmap in in_use:
         yield from _proposals(shop, [bitmap], policy.in_use, "bitmap-inconsistent", len(in_use))
@@ -105,15 +112,25 @@ def _salvaged(shop: Workshop, bitmap: StoredBitmap, chosen: Salvage) -> Salvaged
             snapshot=policy.snapshot,
             snapshot_is_start=policy.snapshot_is_start,
             layer_is_newer=policy.layer_is_newer,
+            rules=_rules(shop),
             keep_stale=policy.keep_stale,
             as_found=shop.as_found,
         )
         try:
-            result = salvaged(shop.image, bitmap, Policy(chosen.value), terms)
-        except Qcow2bmError as error:
+            result = salvaged(shop.image, bitmap, chosen, terms, progress=shop.progress)
+        except (BitmapError, CorruptImageError, UnsupportedImageError) as error:  # others are about what the user named
             result = Salvaged(bitmap.name, bitmap.granularity, bitmap.recording, None, Proof.UNKNOWN, error.message)
         shop.salvages[bitmap.name] = result
     return shop.salvages[bitmap.name]
+
+
+def _rules(shop: Workshop) -> Rules | None:
+    """The external data file is opened only where the user names it."""
+    if shop.policy.data_file is None:
+        return None
+    from ..chain.opening import Rules  # loads numpy
+
+    return Rules(data_files={shop.file.path: shop.policy.data_file})
 
 
 def _remove(shop: Workshop, names: list[str]) -> None:

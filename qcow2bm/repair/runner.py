@@ -82,9 +82,9 @@ def _asked_once(ask: Ask) -> Ask:
     answers: dict[str, bool] = {}
 
     def answer(step: Step) -> bool:
-        if step.title not in answers:
-            answers[step.title] = ask(step)
-        return answers[step.title]
+        if step.key not in answers:
+            answers[step.key] = ask(step)
+        return answers[step.key]
 
     return answer
 

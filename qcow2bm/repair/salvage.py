@@ -38,20 +38,12 @@ from ..format.text import encode_name
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image, read_head
 from ..image.plan import Plan
+from .model import Salvage
 
 if TYPE_CHECKING:
     from ..chain.opening import Rules  # loads numpy, which only some policies need
 
 Progress = Callable[[int, int], None]
-
-
-class Policy(Enum):
-    """Where new bits come from."""
-
-    ALL_DIRTY = "all-dirty"
-    ALLOCATED = "allocated"
-    REBUILD = "rebuild"
-    SNAPSHOT = "snapshot"
 
 
 class Proof(Enum):
@@ -122,7 +114,7 @@ class _Evidence:
 def salvaged(
     image: Qcow2Image,
     bitmap: StoredBitmap,
-    policy: Policy,
+    policy: Salvage,
     terms: Terms | None = None,
     *,
     progress: Progress = lambda _done, _total: None,
@@ -188,13 +180,13 @@ def _require_salvageable(image: Qcow2Image, bitmap: StoredBitmap) -> None:
         raise BitmapBrokenError(f"bitmap '{name}' is broken beyond salvage: {bitmap.fault}", hint="rename it first")
 
 
-def _with_stale(bitmap: StoredBitmap, policy: Policy, terms: Terms, evidence: _Evidence) -> _Evidence:
+def _with_stale(bitmap: StoredBitmap, policy: Salvage, terms: Terms, evidence: _Evidence) -> _Evidence:
     """Unite with the bits on the disk where that is wanted and possible; why, see the module's text."""
     assert evidence.bits is not None
     wanted = terms.keep_stale
     if wanted is None:
-        wanted = policy is not Policy.REBUILD or not bitmap.recording
-    if not wanted or policy is Policy.ALL_DIRTY or bitmap.state is State.BROKEN:
+        wanted = policy is not Salvage.REBUILD or not bitmap.recording
+    if not wanted or policy is Salvage.ALL_DIRTY or bitmap.state is State.BROKEN:
         return evidence
     reason = f"{evidence.reason}; the stale bits are kept beside that"
     return _Evidence(evidence.bits.union(bitmap.bits), Proof.SUPERSET, reason)
@@ -276,9 +268,9 @@ def _unlike_snapshot(image: Qcow2Image, bitmap: StoredBitmap, terms: Terms, _pro
     return _Evidence(bits, Proof.SUPERSET, reason)
 
 
-_POLICIES: dict[Policy, Callable[[Qcow2Image, StoredBitmap, Terms, Progress], _Evidence]] = {
-    Policy.ALL_DIRTY: _all_dirty,
-    Policy.ALLOCATED: _allocated,
-    Policy.REBUILD: _rebuilt,
-    Policy.SNAPSHOT: _unlike_snapshot,
+_POLICIES: dict[Salvage, Callable[[Qcow2Image, StoredBitmap, Terms, Progress], _Evidence]] = {
+    Salvage.ALL_DIRTY: _all_dirty,
+    Salvage.ALLOCATED: _allocated,
+    Salvage.REBUILD: _rebuilt,
+    Salvage.SNAPSHOT: _unlike_snapshot,
 }

@@ -14,14 +14,12 @@ from ..checks.runner import check_file
 from ..checks.view import Progress
 from ..errors import naming
 from ..image.commit import carry_out
-from ..image.file import ImageFile
+from ..image.file import UNDO_SUFFIX, ImageFile
 from ..image.image import settle_interrupted, take_locks
 from ..image.overlay import OverlayFile
 from ..image.plan import Plan
 from .model import RepairPlan, RepairPolicy
 from .runner import Ask, work_out
-
-UNDO_SUFFIX = ".qcow2bm-undo"
 
 
 @dataclass(slots=True)

@@ -20,12 +20,10 @@ from ..errors import UndoError
 from ..format.bitmap_directory import BitmapFlag
 from ..format.header import KNOWN_AUTOCLEAR, Header, Incompatible
 from ..image import lock
-from ..image.file import ImageFile
+from ..image.file import UNDO_SUFFIX, ImageFile
 from ..image.undo_layout import State
 from ..image.undo_reader import UndoReader
 
-UNDO_SUFFIX = ".qcow2bm-undo"
-"""What the name of an undo file has after the image's, where none was asked for."""
 _NAMED = 5
 """Bitmaps in an undo file that are named."""
 _UNDO_FILES = 8

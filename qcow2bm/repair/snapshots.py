@@ -53,9 +53,17 @@ def _step(title: str, kind: RepairClass, found: list[Finding]) -> Step:
 
 
 def _indices(shop: Workshop, found: list[Finding]) -> set[int]:
-    """Places in the table of the snapshots that findings are about: by L1 table and name, which they all know."""
-    wanted = {finding.location.snapshot for finding in found}
-    return {root_index - 1 for root_index, root in enumerate(shop.view.roots) if root_index and root.name in wanted}
+    """Places in the table of the snapshots that findings are about.
+
+    A finding about an L1 table says where that is, one about the entry itself where the entry is.
+    """
+    view = shop.view
+    wanted = {(finding.location.snapshot, finding.location.host_offset) for finding in found}
+    return {
+        index
+        for index, ((place, entry), root) in enumerate(zip(view.snapshots, view.roots[1:], strict=False))
+        if not wanted.isdisjoint({(root.name, place), (root.name, entry.l1_table_offset)})
+    }
 
 
 def _entries(shop: Workshop) -> list[SnapshotEntry]:

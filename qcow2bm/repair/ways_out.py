@@ -270,7 +270,7 @@ def _way(
 def _rebuilt(case: Case, option: str) -> WayOut | LeftOut:
     if case.is_encrypted:
         return LeftOut(Salvage.REBUILD.value, "the image is encrypted, and its disk can be compared only with the key")
-    does = "marks what differs between the disk and an older copy of it; reads both in full"
+    does = "marks what differs between the disk and BASE, the disk as it was when the bitmap began; reads both in full"
     proof = Proof.EXACT
     if not case.recording:  # it stands for a time that is over, and the disk has changed since
         does, proof = f"{does}; the stale bits are kept beside that", Proof.SUPERSET

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from ..checks.model import Finding, RepairClass
 from ..checks.runner import BEYOND, CHECKING, OPENING, inspect
@@ -17,9 +18,9 @@ from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
 from ..format.header import UNKNOWN_INCOMPATIBLE
 from ..image.image import Qcow2Image
-from ..image.overlay import OverlayFile
+from ..image.overlay import Mark, OverlayFile
 from ..image.plan import Kept, Plan
-from .model import Edit, RepairPolicy, Step
+from .model import Patch, RepairPolicy, Step
 from .salvage import Salvaged
 
 _SEARCHED = 1 << 12
@@ -40,12 +41,23 @@ _EDITS = 1000
 """Edits of one step that are kept to be shown."""
 
 
+class _Before(NamedTuple):
+    """What a step may change, as it was when the step began; `kept` by how many there were."""
+
+    file: Mark
+    taken: frozenset[int]
+    given_up: frozenset[int]
+    uncounted: frozenset[int]
+    kept: int
+
+
 class Workshop:
     """The image under repair.
 
     Attributes:
         file: the image as it would be.
         policy: what the repair may do.
+        progress: called with bytes read, and to read.
         blind: True if part of the image cannot be followed, or could not at some time: what nothing refers to may
             then be what the damage has cut off.
         taken: clusters that steps have filled; they were free.
@@ -66,9 +78,9 @@ class Workshop:
         self.uncounted: set[int] = set()
         self.kept: list[Kept] = []
         self.salvages: dict[str, Salvaged] = {}
-        self._progress = progress
+        self.progress = progress
         self._step: Step | None = None
-        self._mark = file.mark(), frozenset[int]()
+        self._mark: _Before | None = None
         self._first: Qcow2Image | None = None
         self._seen: View | None = None
         self._is_stale = True
@@ -83,7 +95,7 @@ class Workshop:
         """All findings of a check of the image as it is now, by code; there is only one check of each state."""
         if not self._is_stale:
             return self._findings
-        inspection = inspect(self.file, locked=True, progress=self._progress)
+        inspection = inspect(self.file, locked=True, progress=self.progress)
         found: dict[str, list[Finding]] = defaultdict(list)
         dangling = _Spans()
         for finding in chain(inspection.early, inspection.findings(OPENING)):
@@ -164,13 +176,21 @@ class Workshop:
     def begin(self, step: Step) -> None:
         """What is written from now on belongs to this step."""
         self._step = step
-        self._mark = self.file.mark(), frozenset(self.taken)
+        self._mark = _Before(
+            self.file.mark(), frozenset(self.taken), frozenset(self.given_up), frozenset(self.uncounted), len(self.kept)
+        )
 
     def take_back(self) -> None:
-        """Undo what has been written since the step began."""
-        mark, taken = self._mark
-        self.file.rewind(mark)
-        self.taken = set(taken)
+        """Forget all that the step has done."""
+        before, step = self._mark, self._step
+        assert before is not None
+        assert step is not None
+        self.file.rewind(before.file)
+        self.taken, self.given_up = set(before.taken), set(before.given_up)
+        self.uncounted = set(before.uncounted)
+        del self.kept[before.kept :]
+        step.edits.clear()
+        step.edits_left_out = 0
         self._is_stale = True
 
     def write(self, offset: int, new: bytes, purpose: str, *, owned: bool = False) -> None:
@@ -188,11 +208,11 @@ class Workshop:
         if not (owned or self.owns(offset)):
             text = f"the cluster at {offset:#x} has a second use, which writing to it would destroy"
             raise ProofError(text, hint="the two must be told apart first")
-        self._note(Edit(offset, len(new), old[:_SHOWN], new[:_SHOWN], purpose))
+        self._note(Patch(offset, len(new), old[:_SHOWN], new[:_SHOWN], purpose))
         self.file.write_at(offset, new)
         self._is_stale = True
 
-    def _note(self, edit: Edit) -> None:
+    def _note(self, edit: Patch) -> None:
         assert self._step is not None
         if len(self._step.edits) < _EDITS:
             self._step.edits.append(edit)
@@ -217,7 +237,7 @@ class Workshop:
         """Copy a cluster into a free one; returns its offset. Raises as `put`."""
         size = self.seen.geometry.cluster_size
         place = self.take()
-        self._note(Edit(place, size, b"", self.file.read_padded(offset, min(size, _SHOWN)), f"copy from {offset:#x}"))
+        self._note(Patch(place, size, b"", self.file.read_padded(offset, min(size, _SHOWN)), f"copy from {offset:#x}"))
         self.file.copy(offset, place, size)
         self._is_stale = True
         return place

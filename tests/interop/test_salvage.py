@@ -34,7 +34,8 @@ from qcow2bm.image.commit import commit
 from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import Qcow2Image, read_head
 from qcow2bm.image.overlay import OverlayFile
-from qcow2bm.repair.salvage import Policy, Proof, Salvaged, Terms, apply_salvage, salvaged
+from qcow2bm.repair.model import Salvage
+from qcow2bm.repair.salvage import Proof, Salvaged, Terms, apply_salvage, salvaged
 from tests.support.images import unpack
 from tests.support.qemu import (
     Ranges,
@@ -204,30 +205,30 @@ def detach(image: Path) -> None:
     raw.save(image)
 
 
-def terms_of(case: Case) -> Iterator[tuple[Policy, Terms]]:
+def terms_of(case: Case) -> Iterator[tuple[Salvage, Terms]]:
     """All that holds for an image."""
-    yield Policy.ALL_DIRTY, Terms()
-    yield Policy.REBUILD, Terms(base=case.before, base_format="raw")
-    yield Policy.REBUILD, Terms(base=case.before, base_format="raw", keep_stale=True)
+    yield Salvage.ALL_DIRTY, Terms()
+    yield Salvage.REBUILD, Terms(base=case.before, base_format="raw")
+    yield Salvage.REBUILD, Terms(base=case.before, base_format="raw", keep_stale=True)
     if case.layer_is_newer:
-        yield Policy.ALLOCATED, Terms(layer_is_newer=True)
-        yield Policy.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False)
+        yield Salvage.ALLOCATED, Terms(layer_is_newer=True)
+        yield Salvage.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False)
     if case.start is not None:
-        yield Policy.SNAPSHOT, Terms(snapshot=case.start, snapshot_is_start=True)
-        yield Policy.SNAPSHOT, Terms(snapshot=case.start, snapshot_is_start=True, keep_stale=False)
-        yield Policy.SNAPSHOT, Terms(snapshot=case.start, keep_stale=False)
+        yield Salvage.SNAPSHOT, Terms(snapshot=case.start, snapshot_is_start=True)
+        yield Salvage.SNAPSHOT, Terms(snapshot=case.start, snapshot_is_start=True, keep_stale=False)
+        yield Salvage.SNAPSHOT, Terms(snapshot=case.start, keep_stale=False)
     if case.earlier is not None:
-        yield Policy.SNAPSHOT, Terms(snapshot=case.earlier, keep_stale=False)
+        yield Salvage.SNAPSHOT, Terms(snapshot=case.earlier, keep_stale=False)
 
 
-def salvage(image: Path, name: str, policy: Policy, terms: Terms | None = None) -> tuple[Salvaged, set[int]]:
+def salvage(image: Path, name: str, policy: Salvage, terms: Terms | None = None) -> tuple[Salvaged, set[int]]:
     """A salvage and its granules, which are read while the image is open."""
     with Qcow2Image.open(image) as opened:
         found = salvaged(opened, BitmapDirectory(opened).find(name), policy, terms)
         return found, marked(found.bits) if found.bits is not None else set()
 
 
-def carry_out(image: Path, wanted: dict[str, tuple[Policy, Terms]], *, removed: tuple[str, ...] = ()) -> None:
+def carry_out(image: Path, wanted: dict[str, tuple[Salvage, Terms]], *, removed: tuple[str, ...] = ()) -> None:
     """Salvage and commit."""
     with Qcow2Image.open(image, writable=True) as opened:
         directory = BitmapDirectory(opened)
@@ -272,13 +273,13 @@ def test_no_change_is_missed(seed: int, tmp_path: Path) -> None:
             results: dict[str, set[int]] = {}
             for name in case.recording:
                 found, granules = salvage(image, name, policy, terms)
-                if policy is Policy.SNAPSHOT and image is detached and not terms.snapshot_is_start:
+                if policy is Salvage.SNAPSHOT and image is detached and not terms.snapshot_is_start:
                     assert found.proof is Proof.UNKNOWN
                     assert found.bits is None
                     continue
                 truth = changed(before, case.after, found.granularity)
                 assert truth <= granules, f"{policy} misses {sorted(truth - granules)[:5]}"
-                exact = policy is Policy.REBUILD and not terms.keep_stale
+                exact = policy is Salvage.REBUILD and not terms.keep_stale
                 assert found.proof is (Proof.EXACT if exact else Proof.SUPERSET)
                 assert granules == truth or not exact
                 results[name] = granules
@@ -294,7 +295,7 @@ def test_a_salvaged_bitmap_goes_on_recording(seed: int, tmp_path: Path) -> None:
     """A session after the salvage adds to it what it writes, and the whole is still all that has changed."""
     chance = random.Random(1000 + seed)
     case = run(chance, tmp_path)
-    carry_out(case.image, dict.fromkeys(case.recording, (Policy.REBUILD, Terms(base=case.before, base_format="raw"))))
+    carry_out(case.image, dict.fromkeys(case.recording, (Salvage.REBUILD, Terms(base=case.before, base_format="raw"))))
     with StorageDaemon(case.image) as vm:
         assert not any(entry.get("inconsistent") for entry in vm.bitmaps().values())
         vm.write(64 * KIB, 5000, pattern=0x77)
@@ -343,8 +344,8 @@ def test_after_an_older_snapshot_zeroes_prove_nothing(tmp_path: Path) -> None:
     after = raw_copy(image, tmp_path / "after")
     assert changed(before, after, 64 * KIB) == {0}
     # Who says that it was taken when the bitmap began says something wrong, and gets what follows from it.
-    assert salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="older", snapshot_is_start=True))[1] == set()
-    found, granules = salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="older"))
+    assert salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="older", snapshot_is_start=True))[1] == set()
+    found, granules = salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="older"))
     assert found.proof is Proof.SUPERSET
     assert granules == set(range(64)) - {16}
 
@@ -362,20 +363,20 @@ def test_what_was_committed_down_is_in_the_stale_bits(tmp_path: Path) -> None:
     in_use(tmp_path, lost=("write -P 3 2M 4k",))
     truth = changed(before, raw_copy(image, tmp_path / "after"), 64 * KIB)
     assert truth == {16, 32}
-    assert salvage(image, "b", Policy.ALLOCATED, Terms(layer_is_newer=True))[1] == truth
-    assert salvage(image, "b", Policy.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False))[1] == {32}
+    assert salvage(image, "b", Salvage.ALLOCATED, Terms(layer_is_newer=True))[1] == truth
+    assert salvage(image, "b", Salvage.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False))[1] == {32}
 
 
 def test_allocated_is_refused_without_the_users_word(tmp_path: Path) -> None:
     create(tmp_path)
-    found, _ = salvage(in_use(tmp_path, lost=("write 0 4k",)), "b", Policy.ALLOCATED)
+    found, _ = salvage(in_use(tmp_path, lost=("write 0 4k",)), "b", Salvage.ALLOCATED)
     assert found.bits is None
     assert found.proof is Proof.UNKNOWN
     assert "no backing file" in found.reason
     base = tmp_path / "image.qcow2"
     base.rename(tmp_path / "base.qcow2")
     create(tmp_path, "4M", "-F", "qcow2", "-b", tmp_path / "base.qcow2")
-    found, _ = salvage(in_use(tmp_path, lost=("write 0 4k",)), "b", Policy.ALLOCATED)
+    found, _ = salvage(in_use(tmp_path, lost=("write 0 4k",)), "b", Salvage.ALLOCATED)
     assert found.proof is Proof.UNKNOWN
     assert "overlay" in found.reason
     with Qcow2Image.open(base, writable=True) as image, pytest.raises(BitmapError, match="cannot be salvaged"):
@@ -389,7 +390,7 @@ def test_a_discarded_cluster_of_a_newer_layer_counts(tmp_path: Path) -> None:
     qemu_io(base, "write -P 1 0 4M")
     image = create(tmp_path, "4M", "-F", "qcow2", "-b", base)
     in_use(tmp_path, lost=("discard 1M 64k", "write -P 2 2M 4k", "discard 2M 64k", "write -z 3M 64k"))
-    found, granules = salvage(image, "b", Policy.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False))
+    found, granules = salvage(image, "b", Salvage.ALLOCATED, Terms(layer_is_newer=True, keep_stale=False))
     assert granules == {16, 32, 48}
     assert found.proof is Proof.SUPERSET
 
@@ -400,7 +401,7 @@ def test_a_growth_since_the_snapshot_is_a_change(tmp_path: Path) -> None:
     qemu_img("snapshot", "-c", "start", image)
     qemu_img("resize", "-q", image, "2M")
     in_use(tmp_path, lost=("write -P 2 64k 4k",))
-    _, granules = salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="start", snapshot_is_start=True))
+    _, granules = salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="start", snapshot_is_start=True))
     assert granules == {1, *range(16, 32)}
 
 
@@ -420,17 +421,17 @@ def test_a_cluster_that_may_have_been_written_to_in_place_counts(tmp_path: Path)
     raw.put(place, raw.number(place) | 1 << 63)
     raw.save(image)
     terms = Terms(snapshot="1", snapshot_is_start=True)
-    assert salvage(image, "b", Policy.SNAPSHOT, terms)[1] == {1, 5}
-    assert salvage(repaired, "b", Policy.SNAPSHOT, terms)[1] == {1}
+    assert salvage(image, "b", Salvage.SNAPSHOT, terms)[1] == {1, 5}
+    assert salvage(repaired, "b", Salvage.SNAPSHOT, terms)[1] == {1}
     with Qcow2Image.open(image) as found:
         both = Terms(snapshot="1", snapshot_is_start=True, as_found=found)
-        assert salvage(repaired, "b", Policy.SNAPSHOT, both)[1] == {1, 5}
+        assert salvage(repaired, "b", Salvage.SNAPSHOT, both)[1] == {1, 5}
     raw = Raw.load(repaired)
     table = raw.number(40)
     raw.put(table, raw.number(raw.number(64)) | 1 << 63)  # the snapshot's own table, with the flag
     raw.put(table, raw.number(int(raw.number(raw.number(64)))) | 1 << 63)
     raw.save(repaired)
-    assert salvage(repaired, "b", Policy.SNAPSHOT, terms)[1] == set(range(64))
+    assert salvage(repaired, "b", Salvage.SNAPSHOT, terms)[1] == set(range(64))
 
 
 def test_a_bitmap_that_does_not_record_keeps_its_bits(tmp_path: Path) -> None:
@@ -443,12 +444,12 @@ def test_a_bitmap_that_does_not_record_keeps_its_bits(tmp_path: Path) -> None:
         vm.write(1 * MIB, 4 * KIB)
         vm.disable_bitmap("b")
     in_use(tmp_path, lost=("write -z 1M 4k", "write -P 1 2M 4k"))
-    found, granules = salvage(image, "b", Policy.REBUILD, Terms(base=before, base_format="raw"))
+    found, granules = salvage(image, "b", Salvage.REBUILD, Terms(base=before, base_format="raw"))
     assert granules == {16, 32}
     assert found.proof is Proof.SUPERSET
-    found, granules = salvage(image, "b", Policy.REBUILD, Terms(base=before, base_format="raw", keep_stale=False))
+    found, granules = salvage(image, "b", Salvage.REBUILD, Terms(base=before, base_format="raw", keep_stale=False))
     assert granules == {32}
-    carry_out(image, {"b": (Policy.REBUILD, Terms(base=before))})
+    carry_out(image, {"b": (Salvage.REBUILD, Terms(base=before))})
     assert bitmap_info(image) == [{"name": "b", "granularity": 65536, "flags": []}]
 
 
@@ -460,23 +461,23 @@ def test_what_needs_no_salvage_or_cannot_have_one(tmp_path: Path) -> None:
     with StorageDaemon(image) as vm:
         vm.add_bitmap("b")
     with pytest.raises(BitmapError, match="good order"):
-        salvage(image, "b", Policy.ALL_DIRTY)
+        salvage(image, "b", Salvage.ALL_DIRTY)
     with StorageDaemon(image) as vm, qcow2bm.open(image, force_share=True) as ours:
         bitmap = BitmapDirectory(ours.qcow2).find("b")
         assert bitmap.state is State.ACTIVE
         with pytest.raises(BitmapInconsistentError, match="running VM"):
-            salvaged(ours.qcow2, bitmap, Policy.ALL_DIRTY)
+            salvaged(ours.qcow2, bitmap, Salvage.ALL_DIRTY)
 
 
 def test_terms_that_lack_what_is_needed(tmp_path: Path) -> None:
     create(tmp_path)
     image = in_use(tmp_path)
     with pytest.raises(UsageError, match="needs the disk"):
-        salvage(image, "b", Policy.REBUILD)
+        salvage(image, "b", Salvage.REBUILD)
     with pytest.raises(UsageError, match="snapshot is needed"):
-        salvage(image, "b", Policy.SNAPSHOT)
+        salvage(image, "b", Salvage.SNAPSHOT)
     with pytest.raises(UsageError, match="no internal snapshot"):
-        salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="nosuch"))
+        salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="nosuch"))
 
 
 def test_two_snapshots_of_one_name(tmp_path: Path) -> None:
@@ -485,8 +486,8 @@ def test_two_snapshots_of_one_name(tmp_path: Path) -> None:
         qemu_img("snapshot", "-c", "same", image)
     in_use(tmp_path)
     with pytest.raises(UsageError, match="2 internal snapshots"):
-        salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="same"))
-    assert salvage(image, "b", Policy.SNAPSHOT, Terms(snapshot="2", snapshot_is_start=True))[1] == set()
+        salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="same"))
+    assert salvage(image, "b", Salvage.SNAPSHOT, Terms(snapshot="2", snapshot_is_start=True))[1] == set()
 
 
 def test_the_image_itself_is_no_older_copy(tmp_path: Path) -> None:
@@ -495,7 +496,7 @@ def test_the_image_itself_is_no_older_copy(tmp_path: Path) -> None:
     (tmp_path / "link").hardlink_to(image)
     for base in (image, tmp_path / "link"):
         with pytest.raises(UsageError, match="very image"):
-            carry_out(image, {"b": (Policy.REBUILD, Terms(base=base, base_format="qcow2"))})
+            carry_out(image, {"b": (Salvage.REBUILD, Terms(base=base, base_format="qcow2"))})
 
 
 def test_encrypted_data_cannot_be_compared_but_the_rest_works(tmp_path: Path) -> None:
@@ -508,9 +509,9 @@ def test_encrypted_data_cannot_be_compared_but_the_rest_works(tmp_path: Path) ->
         name = ours.bitmaps.names[0]
     (tmp_path / "base").write_bytes(bytes(1024))
     with pytest.raises(UnsupportedImageError, match="encrypted"):
-        salvage(image, name, Policy.REBUILD, Terms(base=tmp_path / "base"))
-    assert salvage(image, name, Policy.ALL_DIRTY)[0].proof is Proof.SUPERSET
-    assert salvage(image, name, Policy.ALLOCATED, Terms(layer_is_newer=True))[1]
+        salvage(image, name, Salvage.REBUILD, Terms(base=tmp_path / "base"))
+    assert salvage(image, name, Salvage.ALL_DIRTY)[0].proof is Proof.SUPERSET
+    assert salvage(image, name, Salvage.ALLOCATED, Terms(layer_is_newer=True))[1]
 
 
 def test_a_data_file_is_read_by_the_users_word_alone(tmp_path: Path) -> None:
@@ -524,10 +525,10 @@ def test_a_data_file_is_read_by_the_users_word_alone(tmp_path: Path) -> None:
     vm.io("write -P 1 1M 4k", "flush")
     vm.kill()
     with pytest.raises(UnsupportedImageError, match="external data file"):
-        salvage(image, "b", Policy.REBUILD, Terms(base=before))
+        salvage(image, "b", Salvage.REBUILD, Terms(base=before))
     rules = Rules(data_files={image: tmp_path / "data"})
-    assert salvage(image, "b", Policy.REBUILD, Terms(base=before, rules=rules))[1] == {16}
-    assert salvage(image, "b", Policy.ALLOCATED, Terms(layer_is_newer=True))[1] == {16}
+    assert salvage(image, "b", Salvage.REBUILD, Terms(base=before, rules=rules))[1] == {16}
+    assert salvage(image, "b", Salvage.ALLOCATED, Terms(layer_is_newer=True))[1] == {16}
 
 
 @pytest.mark.parametrize("where", ["table", "twice"])
@@ -542,13 +543,13 @@ def test_a_damaged_mapping_proves_nothing(where: str, tmp_path: Path) -> None:
     raw.save(image)
     (tmp_path / "base").write_bytes(bytes(1024))
     for policy, terms in (
-        (Policy.ALLOCATED, Terms(layer_is_newer=True)),
-        (Policy.SNAPSHOT, Terms(snapshot="start")),
-        (Policy.REBUILD, Terms(base=tmp_path / "base")),
+        (Salvage.ALLOCATED, Terms(layer_is_newer=True)),
+        (Salvage.SNAPSHOT, Terms(snapshot="start")),
+        (Salvage.REBUILD, Terms(base=tmp_path / "base")),
     ):
         with pytest.raises(CorruptImageError):
             salvage(image, "b", policy, terms)
-    assert salvage(image, "b", Policy.ALL_DIRTY)[0].proof is Proof.SUPERSET
+    assert salvage(image, "b", Salvage.ALL_DIRTY)[0].proof is Proof.SUPERSET
 
 
 # ---- detached and broken ones, several at once ----
@@ -565,7 +566,7 @@ def two_in_use(folder: Path) -> Path:
 
 def test_one_of_two_is_salvaged_and_the_other_stays_as_it_is(tmp_path: Path) -> None:
     image = two_in_use(tmp_path)
-    carry_out(image, {"b": (Policy.ALL_DIRTY, Terms())})
+    carry_out(image, {"b": (Salvage.ALL_DIRTY, Terms())})
     flags = {entry["name"]: entry["flags"] for entry in bitmap_info(image)}
     assert flags == {"a": ["in-use", "auto"], "b": ["auto"]}
     assert read_bitmap_nbd(image, "b") == [(0, 4 * MIB)]
@@ -576,12 +577,12 @@ def test_detached_bitmaps_count_again_only_all_together(tmp_path: Path) -> None:
     detach(image)
     before = image.read_bytes()
     with pytest.raises(BitmapInconsistentError, match="not all of them"):
-        carry_out(image, {"b": (Policy.ALL_DIRTY, Terms())})
+        carry_out(image, {"b": (Salvage.ALL_DIRTY, Terms())})
     assert image.read_bytes() == before
     shutil.copyfile(image, tmp_path / "other.qcow2")
-    carry_out(image, {"b": (Policy.ALL_DIRTY, Terms())}, removed=("a",))
+    carry_out(image, {"b": (Salvage.ALL_DIRTY, Terms())}, removed=("a",))
     assert bitmap_info(image) == [{"name": "b", "granularity": 65536, "flags": ["auto"]}]
-    carry_out(tmp_path / "other.qcow2", dict.fromkeys("ab", (Policy.ALLOCATED, Terms(layer_is_newer=True))))
+    carry_out(tmp_path / "other.qcow2", dict.fromkeys("ab", (Salvage.ALLOCATED, Terms(layer_is_newer=True))))
     digest = guest_digest(image)
     expected = {"a": {256, 512, *range(512, 528), *range(256, 272)}, "b": {16, 32}}
     require_as_salvaged(tmp_path / "other.qcow2", expected, dict.fromkeys("ab", True), digest)
@@ -617,9 +618,9 @@ def test_a_broken_bitmap_can_be_all_dirty_or_rebuilt(tmp_path: Path) -> None:
     terms = Terms(base=tmp_path / "before", base_format="raw")
     broken(image, "a", 12, 3 | 1 << 9)  # a flag that nobody knows
     truth = {256, 512}
-    found, granules = salvage(image, "a", Policy.REBUILD, terms)
+    found, granules = salvage(image, "a", Salvage.REBUILD, terms)
     assert (found.proof, granules) == (Proof.EXACT, truth)
-    carry_out(image, {"a": (Policy.REBUILD, terms)})
+    carry_out(image, {"a": (Salvage.REBUILD, terms)})
     assert read_bitmap_nbd(image, "a") == [(1 * MIB, 4 * KIB), (2 * MIB, 4 * KIB)]
     assert check(image)["returncode"] == 0
 
@@ -628,7 +629,7 @@ def test_a_broken_bitmap_that_was_taken_out_is_put_back(tmp_path: Path) -> None:
     image = two_in_use(tmp_path)
     broken(image, "a", 0, 1 << 40, 8)  # a table outside the file
     with Qcow2Image.open(image) as opened:
-        found = salvaged(opened, BitmapDirectory(opened).find("a"), Policy.ALL_DIRTY)
+        found = salvaged(opened, BitmapDirectory(opened).find("a"), Salvage.ALL_DIRTY)
     with Qcow2Image.open(image, writable=True) as opened, pytest.raises(BitmapBrokenError):
         apply_salvage(opened.file, [found])
     taken_out(image, "a")
@@ -643,7 +644,7 @@ def test_a_bitmap_without_a_granularity_is_beyond_salvage(tmp_path: Path) -> Non
     image = two_in_use(tmp_path)
     broken(image, "a", 17, 60, 1)
     with pytest.raises(BitmapBrokenError, match="beyond salvage"):
-        salvage(image, "a", Policy.ALL_DIRTY)
+        salvage(image, "a", Salvage.ALL_DIRTY)
 
 
 # ---- in the middle of a repair ----
@@ -661,7 +662,7 @@ def test_in_a_file_as_it_would_be(tmp_path: Path) -> None:
     overlay.write_at(host + 8 * KIB, b"changed by the repair")
     opened = Qcow2Image(overlay, *read_head(overlay), locked=True)
     terms = Terms(base=before, base_format="raw", rules=Rules(use_locks=False))
-    found = salvaged(opened, BitmapDirectory(opened).find("a"), Policy.REBUILD, terms)
+    found = salvaged(opened, BitmapDirectory(opened).find("a"), Salvage.REBUILD, terms)
     assert found.bits is not None
     assert marked(found.bits) == {258}
     plan = apply_salvage(overlay, [found])

@@ -7,11 +7,14 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
+from qcow2bm.checks.model import RepairClass, Severity
+from qcow2bm.repair.model import RepairPolicy, Salvage, Scope
 from tests.support.images import FIXTURES, fixture
 
 SCHEMA = json.loads((FIXTURES.parent / "docs" / "schemas" / "repair.schema.json").read_text())
@@ -37,7 +40,13 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(damaged, run) -> None:
     before = digest(image), sorted(image.parent.iterdir())
     result = run("repair", image, "--dry-run")
     assert result.status == 3  # as if it were done: a leak that is not given back without a guess
-    for text in ("copy 1 shared clusters apart", "lossless", "L2 entry 8", "needs --allow guess", "nothing was written"):
+    for text in (
+        "copy 1 shared clusters apart",
+        "lossless",
+        "L2 entry 8",
+        "needs --allow guess",
+        "nothing was written",
+    ):
         assert text in result.out
     assert (digest(image), sorted(image.parent.iterdir())) == before
 
@@ -179,6 +188,9 @@ def test_a_plan_is_not_written_over_a_file(damaged, run, tmp_path: Path) -> None
         ["--apply", "x", "--allow", "lossy", "--yes"],
         ["--apply", "x", "--dry-run"],
         ["--apply", "x", "--interactive"],
+        ["--stale", "--yes"],
+        ["--bitmap", "daily", "--yes"],
+        ["--output", "json"],
         [],  # nobody can be asked
     ],
 )
@@ -251,3 +263,43 @@ def test_check_repairs_each_image_by_itself(damaged, run, tmp_path: Path) -> Non
     good, missing = json.loads(result.out)["images"]
     assert (result.status, good["status"], good["changed"], missing["status"]) == (1, 0, True, 1)
     assert run("check", "-r", "all", "-U", image).status == 64
+
+
+def test_a_policy_is_the_same_after_it_was_saved(tmp_path: Path) -> None:
+    every = RepairPolicy(
+        allow=RepairClass.GUESS,
+        only=frozenset({Scope.BITMAPS, Scope.LEAKS}),
+        in_use=Salvage.REBUILD,
+        detached=Salvage.SNAPSHOT,
+        bitmaps=frozenset({"a", "\udcff"}),
+        against=tmp_path / "base",
+        against_format="qcow2",
+        data_file=tmp_path / "data",
+        snapshot="1",
+        layer_is_newer=True,
+        snapshot_is_start=True,
+        keep_stale=False,
+        keeps_undo=False,
+    )
+    assert all(getattr(every, field.name) != field.default for field in fields(every)), "every field off its default"
+    for policy in (every, RepairPolicy()):
+        assert RepairPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
+
+
+def test_the_schema_knows_the_words_of_the_program() -> None:
+    step = SCHEMA["properties"]["steps"]["items"]["properties"]
+    assert set(step["class"]["enum"]) | {"none"} == {kind.value for kind in RepairClass}
+    assert set(step["scope"]["enum"]) == {scope.value for scope in Scope} | {None}
+    assert set(SCHEMA["properties"]["verdict"]["enum"]) == {severity.value for severity in Severity} | {"clean"}
+
+
+def test_a_bitmap_that_is_not_there_is_named(damaged, run) -> None:
+    result = run("repair", damaged("bitmap-inconsistent"), "--in-use", "all-dirty", "--bitmap", "nosuch", "--yes")
+    assert (result.status, "no bitmap is called 'nosuch'" in result.err) == (1, True)
+
+
+def test_a_base_that_is_not_there_is_an_error(damaged, run, tmp_path: Path) -> None:
+    image, words = damaged("bitmap-inconsistent"), ["--in-use", "rebuild", "--against", tmp_path / "nosuch"]
+    result = run("repair", image, *words, "--dry-run")
+    assert result.status == 1
+    assert "nosuch" in result.err

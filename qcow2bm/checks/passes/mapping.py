@@ -116,11 +116,11 @@ def _l1_entry(view: View, entry: int, where: Location) -> Iterator[Finding]:
 
 def _l2_table(view: View, offset: int, place: Location, visits: int) -> Iterator[Finding]:
     """The entries of an L2 table that `visits` L1 entries name."""
-    geometry, stride = view.geometry, view.geometry.l2_entry_words
+    geometry = view.geometry
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))
     start = place.guest_offset or 0
     for index in range(geometry.l2_entries):
-        entry = L2Entry(values[index * stride], values[index * stride + 1] if stride == 2 else 0)
+        entry = L2Entry.of(values, index, geometry)
         if not (entry.value or entry.bitmap):
             continue
         where = Location(

@@ -1,4 +1,4 @@
-"""The repair of `qemu-img check -r` (QEMU 7.2): the same findings in the same order, the same clusters in the same places.
+"""The repair of `qemu-img check -r` (QEMU 7.2): the same words in the same order, the same clusters in the same places.
 
 Wanted differences, where QEMU crashes or does harm:
 
@@ -6,11 +6,12 @@ Wanted differences, where QEMU crashes or does harm:
   has unknown autoclear bits, before it has read the snapshot table: `-r` then drops all snapshots and frees them.
 - Sound bitmaps are not touched. QEMU marks them in use, and writes all of them anew in the end, into clusters that the
   refcounts it has not mended call free.
-- Of the header only what has to change is written: marks, the refcount table, the snapshot table, and a bitmaps extension
-  that does not count. QEMU writes all of it anew. That shows where a broken table lies over the header.
+- Of the header only what has to change is written: marks, the places of tables, and a bitmaps extension that does not
+  count. QEMU writes all of it anew. That shows where a broken table lies over the header.
 - Clusters that are given back keep their content. QEMU punches them out of the file, be it what a damaged pointer has
   cut off, such as an encryption header.
-- No L2 or L1 entry is mended in a cluster with another use, unless what stands there makes sense as a table (`shared.py`).
+- No L1 or L2 entry is mended in a cluster with another use, unless what stands there makes sense as a table
+  (`shared.py`).
 - For the sake of a refcount block outside the file that grows by its own length or 1 GiB; beyond that the refcounts are
   rebuilt, as on a file system that does not allow so large a file.
 - The dirty bit stays while something is left that is worse than a leak, and so does the place of a snapshot table that

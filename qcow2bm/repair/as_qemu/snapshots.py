@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from dataclasses import replace
+from struct import Struct
 
 from ...checks.model import Finding, InQemu, Location
 from ...checks.passes.snapshots import snapshot_table
@@ -16,13 +17,15 @@ from ...checks.view import View, snapshot_name
 from ...format.geometry import round_up
 from ...format.header import SNAPSHOT_FIELDS
 from ...format.limits import MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS
-from ...format.snapshot_table import ENTRY_STRUCT, FIXED_LENGTH, SnapshotEntry
+from ...format.snapshot_table import FIXED_LENGTH, SnapshotEntry
 from ...image.file import ImageFile
 from .allocation import allocate, free
 from .blocks import RefcountBlocks
 from .model import Counts, Event, GivenUpError, Mode, Notice
 from .node import Node
 
+_HEAD = Struct(">QIHHIIQII")
+"""The fixed part of an entry, as `ENTRY_STRUCT` has it: here tables of 65536 entries are read and written."""
 _WINDOW = 1 << 19
 _INT_MAX = (1 << 31) - 1
 _NEEDED = 16
@@ -116,13 +119,22 @@ class _Window:
 
 def _entry(window: _Window, at: int) -> tuple[SnapshotEntry, int, int]:
     """An entry with at most 1024 bytes of extra data, where it ends, and how much extra data it has."""
-    head = dict(ENTRY_STRUCT.parse(window.bytes(at, FIXED_LENGTH)))
-    del head["_io"]
-    extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
+    head = _HEAD.unpack(window.bytes(at, FIXED_LENGTH))
+    l1_table, l1_size, id_size, name_size, seconds, nanoseconds, clock, state_size, extra = head
     data = window.bytes(at + FIXED_LENGTH, min(extra, MAX_SNAPSHOT_EXTRA_DATA))
     names = window.bytes(at + FIXED_LENGTH + extra, id_size + name_size)
-    entry = SnapshotEntry(**head, extra_data=data, id=names[:id_size], name=names[id_size:])
+    times = seconds, nanoseconds, clock
+    entry = SnapshotEntry(l1_table, l1_size, *times, state_size, data, names[:id_size], names[id_size:])
     return entry, at + FIXED_LENGTH + extra + len(names), extra
+
+
+def _built(entry: SnapshotEntry) -> bytes:
+    """As `SnapshotEntry.build`, of which there may be many thousands."""
+    head = _HEAD.pack(
+        entry.l1_table_offset, entry.l1_size, len(entry.id), len(entry.name), entry.date_sec, entry.date_nsec,
+        entry.vm_clock_nsec, entry.vm_state_size, len(entry.extra_data),
+    )  # fmt: skip
+    return (head + entry.extra_data + entry.id + entry.name).ljust(entry.size, b"\0")
 
 
 def rewrite(node: Node, blocks: RefcountBlocks, counts: Counts) -> Iterator[Event]:
@@ -144,7 +156,7 @@ def rewrite(node: Node, blocks: RefcountBlocks, counts: Counts) -> Iterator[Even
 def _rewrite(node: Node, blocks: RefcountBlocks) -> Iterator[Event]:
     disk_size = node.geometry.virtual_size & -512
     entries = [_completed(entry, disk_size) for entry in node.snapshots]
-    table = b"".join(entry.build() for entry in entries)
+    table = b"".join(map(_built, entries))
     length = len(table) - entries[-1].size + _unpadded(entries[-1]) if entries else 0
     if length > MAX_SNAPSHOT_TABLE_BYTES:
         raise GivenUpError(errno.EFBIG)
