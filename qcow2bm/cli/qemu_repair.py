@@ -20,8 +20,8 @@ from ..image.overlay import OverlayFile
 from ..repair.as_qemu.model import Event, Mode, Notice
 from ..repair.as_qemu.repair import Repair
 from .failures import Postponed
-from .qemu_check import Totals, check, disk_clusters, give_up, opened_as_qemu
 from .qemu_check_text import lines
+from .qemu_checking import Totals, check, disk_clusters, give_up, opened_as_qemu
 from .qemu_options import RefusedError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def _corrupt(why: str) -> str:
 
 def _corrupt_block(values: Values) -> str:
     offset, index = int(values["offset"]), int(values["index"])
-    return _corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})".replace(": 0x0)", ": 0)"))
+    place = f"{index:#x}" if index else "0"  # C's %#x has no prefix for 0
+    return _corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {place})")
 
 
 def _resize_failed(values: Values) -> str:
@@ -72,7 +73,7 @@ _WORDS: dict[Notice, Callable[[Values], str]] = {
     Notice.RESIZE_FAILED: _resize_failed,
     Notice.REBUILDING: lambda _: "Rebuilding refcount structure",
     Notice.REBUILD_NEEDED: lambda _: "ERROR need to rebuild refcount structures",
-    Notice.REBUILD_FAILED: lambda values: f"qcow2bm: ERROR writing {values['what']}: {_error(errno.EIO)}",
+    Notice.REBUILD_FAILED: lambda values: f"qcow2bm: ERROR writing {values['what']}: {_error(values['reason'])}",
     Notice.STILL_BROKEN: lambda _: "ERROR rebuilt refcount structure is still broken",
     Notice.SNAPSHOT_TABLE_FAILED: lambda values: f"ERROR failed to update snapshot table: {_error(values['reason'])}",
     Notice.FREE_FAILED: lambda values: f"qcow2_free_clusters failed: {_error(values['reason'])}",

@@ -38,7 +38,7 @@ from tests.support.device import loop_device
 from tests.support.images import FIXTURES, unpack
 from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
 from tests.support.raw import Raw
-from tests.support.recording import Tape, crash_states
+from tests.support.recording import PowerCutError, Tape, crash_states
 from tests.support.states import bitmaps
 
 OURS = [sys.executable, "-m", "qcow2bm", "qemu-img"]
@@ -112,6 +112,11 @@ def leaks(count: int) -> Callable[[Raw], None]:
     return append
 
 
+def l1_entry(bits: int) -> Callable[[Raw], None]:
+    """Set bits of the first entry of the L1 table."""
+    return lambda raw: raw.put(raw.number(40), raw.number(raw.number(40)) | bits)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images to repair, each to be copied first."""
@@ -119,7 +124,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     create(where / "clean.qcow2")
     damaged(create(where / "leak.qcow2"), leaks(3))
     damaged(create(where / "low.qcow2"), refcount(6, 3), refcount(7, 0), leaks(2))
-    damaged(create(where / "mixed.qcow2"), refcount(5, 2), lambda raw: raw.put(raw.number(40), 1 << 57 | raw.number(raw.number(40))), leaks(1))
+    damaged(create(where / "mixed.qcow2"), refcount(5, 2), l1_entry(1 << 57), leaks(1))
     create(where / "many.qcow2", "8M", "cluster_size=4k")
     damaged(where / "many.qcow2", leaks(700))
     for code in ("refcount-unreadable", "snapshot-extra-data-size", "snapshot-incomplete", "bitmap-flags"):
@@ -171,14 +176,18 @@ HANDED_OVER = [
 ]
 
 
-def laid_out(images: Path, folder: Path) -> Path:
-    shutil.copytree(images, folder)
+def laid_out(images: Path, folder: Path, argv: list[str]) -> Path:
+    """A folder with copies of the images that a command line names."""
+    folder.mkdir()
+    for name in argv:
+        if (images / name).is_file():
+            shutil.copy(images / name, folder)
     return folder
 
 
 @pytest.mark.parametrize("argv", SAME, ids=" ".join)
 def test_says_what_qemu_img_says(images: Path, argv: list[str], tmp_path: Path) -> None:
-    theirs, our = laid_out(images, tmp_path / "theirs"), laid_out(images, tmp_path / "ours")
+    theirs, our = (laid_out(images, tmp_path / name, argv) for name in ("theirs", "ours"))
     assert run(OURS, our, "check", *argv) == renamed(run(REAL, theirs, "check", *argv))
     for image in theirs.glob("*.qcow2"):
         assert check(our / image.name) | {"filename": ""} == check(image) | {"filename": ""} or "error" in check(image)
@@ -186,7 +195,7 @@ def test_says_what_qemu_img_says(images: Path, argv: list[str], tmp_path: Path) 
 
 @pytest.mark.parametrize("argv", HANDED_OVER, ids=" ".join)
 def test_what_is_not_ours_is_handed_to_the_real_qemu_img(images: Path, argv: list[str], tmp_path: Path) -> None:
-    theirs, our = laid_out(images, tmp_path / "theirs"), laid_out(images, tmp_path / "ours")
+    theirs, our = (laid_out(images, tmp_path / name, ["text", "leak.qcow2"]) for name in ("theirs", "ours"))
     assert run(OURS, our, "check", *argv) == run(REAL, theirs, "check", *argv)
 
 
@@ -194,7 +203,7 @@ def test_in_one_file_all_errors_come_first(images: Path, tmp_path: Path) -> None
     """qemu-img buffers its output to the end: the lines of both passes stand before the summary."""
     texts = []
     for number, program in enumerate((OURS, REAL)):
-        where = laid_out(images, tmp_path / str(number))
+        where = laid_out(images, tmp_path / str(number), ["many.qcow2"])
         argv = [*program, "check", "-r", "leaks", "many.qcow2"]
         environment = os.environ | {"PYTHONPATH": str(FIXTURES.parent)}
         done = subprocess.run(
@@ -206,19 +215,21 @@ def test_in_one_file_all_errors_come_first(images: Path, tmp_path: Path) -> None
 
 
 def test_all_exit_statuses_occur(images: Path, tmp_path: Path) -> None:
-    where = laid_out(images, tmp_path / "images")
+    where = laid_out(images, tmp_path / "images", ["leak.qcow2", "low.qcow2", "mixed.qcow2", "text"])
     rows = (["leaks", "leak.qcow2"], ["leaks", "low.qcow2"], ["all", "mixed.qcow2"], ["all", "text"])
     assert [run(REAL, where, "check", "-r", *row)[0] for row in rows] == [0, 1, 2, 63]
 
 
 def test_no_real_qemu_img_is_needed(images: Path, tmp_path: Path) -> None:
-    where = laid_out(images, tmp_path / "images")
+    where = laid_out(images, tmp_path / "images", ["low.qcow2"])
     status, _, errors = run(OURS, where, "check", "-r", "all", "low.qcow2", PATH=str(tmp_path))
     assert (status, errors.count(b"Repairing cluster")) == (0, 2)
     assert check(where / "low.qcow2")["returncode"] == 0
 
 
-@pytest.mark.parametrize(("name", "gone"), [("luks", None), ("backing-chain", "backing.qcow2"), ("data-file", "data.raw")])
+@pytest.mark.parametrize(
+    ("name", "gone"), [("luks", None), ("backing-chain", "backing.qcow2"), ("data-file", "data.raw")]
+)
 def test_neither_a_key_nor_another_file_is_needed(name: str, gone: str | None, tmp_path: Path) -> None:
     image = unpack(name, tmp_path)
     if gone is not None:
@@ -304,7 +315,7 @@ def test_an_interrupted_repair_is_rolled_back_by_the_next(tmp_path: Path) -> Non
     original = damaged(create(tmp_path / "original.qcow2"), refcount(7, 0), leaks(3))
     image = Path(shutil.copy(original, tmp_path / "image.qcow2"))
     tape = Tape(fail_at=2, power_cut=True)
-    with worked_out(image, tape=tape) as (repair, _, _overlay), pytest.raises(BaseException):
+    with worked_out(image, tape=tape) as (repair, _, _overlay), pytest.raises(PowerCutError):
         repair.commit()
     assert list(tmp_path.glob("image.qcow2.*journal*"))
     assert digest(image) != digest(original)
@@ -346,42 +357,56 @@ def test_a_signal_puts_everything_back(tmp_path: Path) -> None:
 # ---- block devices ----
 
 
-def on_a_device(folder: Path, name: str, *changes: Callable[[Raw], None], **options: Any) -> Path:
-    """The content of a device with a damaged image on it."""
+def on_a_device(folder: Path, name: str, *changes: Callable[[Raw], None], size: int = 32 * MIB) -> Path:
+    """The content of a device with a damaged image on it, of which the device may be cut to a smaller size then."""
     disk = folder / name
     with disk.open("wb") as file:
         file.truncate(32 * MIB)
     with loop_device(disk) as device:
-        create(device, **options)
-    raw = Raw.load(disk)
-    for change in changes:
-        change(raw)
-    raw.save(disk)
+        create(device)
+        qemu_img("bitmap", "--add", device, "b")
+    damaged(disk, *changes)
+    os.truncate(disk, size)
     return disk
 
 
+def detached(raw: Raw) -> None:
+    """The bitmap does not count: something that knows no bitmaps wrote to the image."""
+    raw.put(88, 0)
+
+
+def in_use(raw: Raw) -> None:
+    """The bitmap is in use, so that QEMU does not write it anew."""
+    raw.put(raw.directory[0] + 15, raw.number(raw.directory[0] + 15, 1) | 1, 1)
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "size"),
     [
-        (refcount(30, 1),),
-        (refcount(6, 3), refcount(31, 2)),
-        (refcount(7, 0),),
-        (lambda raw: raw.put(48 + 0, raw.number(48)), refcount(0, 0)),
-        (lambda raw: raw.put(raw.number(48) + 8, 1 << 40),),
+        ((in_use, refcount(30, 1)), 32 * MIB),
+        ((in_use, refcount(6, 3), refcount(31, 2)), 32 * MIB),
+        ((in_use, refcount(7, 0)), 32 * MIB),
+        ((in_use, refcount(0, 0)), 32 * MIB),
+        ((in_use, lambda raw: raw.put(raw.number(48) + 8, 1 << 40)), 32 * MIB),
+        ((detached,), 32 * MIB),
+        ((in_use, refcount(7, 0)), 23 * CLUSTER),
+        ((in_use, refcount(7, 0)), 24 * CLUSTER),
     ],
-    ids=["leak", "counts", "rebuild", "header-count", "block-outside"],
+    ids=["leak", "counts", "rebuild", "header", "block-outside", "detached", "full", "nearly-full"],
 )
-def test_a_device_is_repaired_as_qemu_does(changes: tuple[Callable[[Raw], None], ...], tmp_path: Path) -> None:
+def test_a_device_is_repaired_as_qemu_does(
+    changes: tuple[Callable[[Raw], None], ...], size: int, tmp_path: Path
+) -> None:
     answers, found = [], []
     for number, program in enumerate((REAL, OURS)):
-        disk = on_a_device(tmp_path, f"disk{number}", *changes)
+        disk = on_a_device(tmp_path, f"disk{number}", *changes, size=size)
         with loop_device(disk) as device:
             status, output, errors = renamed(run(program, tmp_path, "check", "-r", "all", str(device)))
             answers.append((status, output, errors.replace(os.fsencode(device), b"DEVICE")))
             found.append(check(device) | {"filename": ""})
     assert answers[0] == answers[1]
     assert found[0] == found[1]
-    assert b"Repairing" in answers[0][2]
+    assert (answers[0][0], b"No space left" in answers[0][2]) == ((0, False) if size == 32 * MIB else (1, True))
 
 
 def test_a_new_snapshot_table_on_a_device_is_refused(tmp_path: Path) -> None:
@@ -453,7 +478,7 @@ def test_bitmap_on_a_dirty_image_repairs_it_first(tmp_path: Path) -> None:
 
 def test_bitmap_on_a_dirty_image_beyond_repair_changes_nothing(tmp_path: Path) -> None:
     """QEMU goes on although something is left that is worse than a leak, and calls the image clean."""
-    image = damaged(killed(tmp_path / "made"), lambda raw: raw.put(raw.number(40) + 0, raw.number(raw.number(40)) | 2))
+    image = damaged(killed(tmp_path / "made"), l1_entry(2))
     before = digest(image)
     status, _, errors = run(OURS, image.parent, "bitmap", "--add", image.name, "new")
     assert status == 1
@@ -477,6 +502,7 @@ def test_snapshots_beside_bitmaps_are_kept(tmp_path: Path) -> None:
     assert run(REAL, tmp_path, "snapshot", "-l", str(our_copy)) == run(REAL, tmp_path, "snapshot", "-l", str(image))
     assert (our[0], our[2].count(b"\n")) == (0, 2)
     assert bitmaps(our_copy) == bitmaps(image)
+    qemu_img("bitmap", "--remove", our_copy, "daily")
     qemu_img("snapshot", "-a", "precious", our_copy)
     assert check(our_copy)["returncode"] == 0
 
@@ -557,7 +583,8 @@ def test_the_dirty_bit_stays_while_corruption_is_left(tmp_path: Path) -> None:
 
 
 def test_without_all_references_nothing_is_repaired(tmp_path: Path) -> None:
-    image = damaged(unpack("corrupt/snapshot-l1-excessive", tmp_path), leaks(1))
+    """Not even what has been found before that; else clusters in use would be freed."""
+    image = damaged(unpack("corrupt/snapshot-l1-excessive", tmp_path), leaks(1), lambda raw: raw.put(88, 1 << 40))
     before = digest(image)
     status, _, errors = run(OURS, tmp_path, "check", "-r", "all", image.name)
     assert (status, digest(image)) == (1, before)

@@ -51,13 +51,19 @@ class Outcome:
         """Bitmaps that were in good order and are not what they were.
 
         Where something else uses a bitmap's clusters nobody knows its bits: there it may go, or say more is dirty.
+        Where guest data was given up, a bitmap must say so.
         """
         if not before.bitmaps:
             return []
         now = self.bitmaps or {}
-        if before.bitmaps_doubtful:
-            return [name for name, ranges in before.bitmaps.items() if name in now and not _covers(now[name], ranges)]
-        return [name for name, ranges in before.bitmaps.items() if now.get(name) != ranges]
+        gone = [] if before.bitmaps_doubtful else [name for name in before.bitmaps if name not in now]
+        may_grow = before.bitmaps_doubtful or self.guest_concerned
+        changed = [
+            name
+            for name, ranges in before.bitmaps.items()
+            if name in now and now[name] != ranges and not (may_grow and _covers(now[name], ranges))
+        ]
+        return gone + changed
 
 
 def _run(*argv: str | Path) -> int:

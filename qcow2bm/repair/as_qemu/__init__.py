@@ -23,6 +23,7 @@ Wanted differences, where QEMU crashes or does harm:
 - Once QEMU has marked the image corrupt and gives it up, refcounts that it holds in memory are lost. Here all are, also
   those of more blocks than QEMU holds.
 - Where the refcount table would have to grow for a new snapshot table, that is not written.
+- `qemu-img bitmap` on a dirty image that cannot be repaired altogether is refused, and the image left as it is.
 - References above what a refcount can hold are told when all are counted, not as they are met.
 - The repair is written as a whole or not at all. On a block device a repair that needs a journal is refused.
 """

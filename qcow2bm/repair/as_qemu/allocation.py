@@ -32,7 +32,8 @@ def allocate(node: Node, blocks: RefcountBlocks, length: int) -> Generator[Event
     wanted, start = node.geometry.clusters(length), 0
     while True:
         first = yield from _find(node, start, wanted)
-        node.require_room(node.geometry.offset_of(first + wanted))
+        if not node.has_room(node.geometry.offset_of(first + wanted)):
+            raise GivenUpError(errno.ENOSPC)
         try:
             for cluster in range(first, first + wanted):
                 yield from _require_block(node, blocks, cluster, first + wanted)

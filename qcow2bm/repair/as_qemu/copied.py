@@ -90,9 +90,8 @@ class CopiedFlags:
         if self._structure is not None:
             yield from self._give_up(self._structure, Notice.OVERLAP_AT_TABLE)
         if self._may_write:
-            end = offset + self._node.geometry.cluster_size
-            self._node.require_room(end)
-            self._node.file.truncate(end)  # a table that the file cuts short is whole then
+            # A table that the file cuts short is whole then.
+            self._node.file.truncate(offset + self._node.geometry.cluster_size)
 
     def _give_up(self, structure: Structure, *more: Notice) -> Iterator[Event]:
         yield from self._node.signal(Notice.CORRUPT_OVERLAP, structure=structure.value)

@@ -34,15 +34,15 @@ class Counting:
         rebuild: True if the refcount structures are beyond mending.
     """
 
-    def __init__(self, node: Node, counts: Counts, mode: Mode | None) -> None:
-        """`mode` None mends nothing."""
+    def __init__(self, node: Node, counts: Counts, mode: Mode | None, inspection: Inspection | None = None) -> None:
+        """`mode` None mends nothing; `inspection` is a look at the image as it is now, if there has been one."""
         self._node = node
         self._counts = counts
         self._mends = mode is Mode.ALL
         self._shared: Shared | None = None
         self._zeroed: set[int] = set()
         self.rebuild = False
-        self.inspection = look(node)
+        self.inspection = inspection or look(node)
 
     @property
     def view(self) -> View:
@@ -64,7 +64,7 @@ class Counting:
             raise GivenUpError(errno.EINVAL)  # QEMU no longer knows the size of the disk, and so not that of bitmaps
         if not self.view.complete:
             yield Event(Notice.NOT_COUNTED)
-            raise GivenUpError(errno.EFBIG)
+            raise GivenUpError(errno.EFBIG, keeps=False)
         for finding in self.inspection.findings((refcounts.refcount_blocks,)):
             outside = finding.code == "refcount-block-outside" and "size" not in finding.values
             self.rebuild = self.rebuild or finding.code in _REBUILDS
@@ -139,7 +139,7 @@ class Counting:
             reason = errno.EINVAL
         elif node.file.is_device:
             words, reason = "Cannot grow device files", errno.EINVAL
-        elif offset + size - node.file.size > max(node.file.size, _MOST_GROWTH):
+        elif offset + size - node.file.base.size > max(node.file.base.size, _MOST_GROWTH):
             words, reason = "Could not resize file", errno.EFBIG
         if reason:
             yield Event(Notice.RESIZE_FAILED, values={"words": words, "reason": reason})

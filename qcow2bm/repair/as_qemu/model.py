@@ -40,7 +40,7 @@ class Notice(Enum):
     REBUILD_NEEDED = auto()
     """They would have to be, which `Mode.LEAKS` does not do."""
     REBUILD_FAILED = auto()
-    """They could not be (what)."""
+    """They could not be (what, reason)."""
     STILL_BROKEN = auto()
     """They are made, and do not count what they should."""
     SNAPSHOT_TABLE_FAILED = auto()
@@ -98,8 +98,10 @@ class GivenUpError(Exception):
 
     Attributes:
         reason: an error number; None if a finding says why.
+        keeps: False if what has been mended so far is not to be written either.
     """
 
-    def __init__(self, reason: int | None = None) -> None:
+    def __init__(self, reason: int | None = None, *, keeps: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.keeps = keeps

@@ -93,8 +93,13 @@ class Node:
     # Writing
 
     def write(self, offset: int, data: bytes | bytearray) -> None:
-        """Write; raises GivenUpError past the end of a device."""
-        self.require_room(offset + len(data))
+        """Write.
+
+        Raises:
+            GivenUpError: a device ends before that.
+        """
+        if not self.has_room(offset + len(data)):
+            raise GivenUpError(errno.ENOSPC)
         self.file.write_at(offset, data)
 
     def fill(self, offset: int, data: bytes | bytearray) -> None:
@@ -103,10 +108,9 @@ class Node:
         first = self.geometry.cluster_of(offset)
         self.filled.update(range(first, first + self.geometry.clusters(len(data))))
 
-    def require_room(self, end: int) -> None:
-        """Raise GivenUpError if a device ends before."""
-        if self.file.is_device and end > self.file.size:
-            raise GivenUpError(errno.ENOSPC)
+    def has_room(self, end: int) -> bool:
+        """False if a device ends before."""
+        return not self.file.is_device or end <= self.file.size
 
     def set_refcount_table(self, offset: int, table: array[int]) -> None:
         """Make another refcount table the valid one."""

@@ -19,6 +19,10 @@ def update_header(node: Node) -> None:
     if directory.extension is None or directory.attached:
         return
     area = node.view.image.extensions
-    kept = b"".join(each.build() for each in area.extensions if each.type != ExtensionType.BITMAPS)
+    kept = [each for each in area.extensions if each.type != ExtensionType.BITMAPS]
+    if kept == list(area.extensions[: len(kept)]):
+        # Only a head is overwritten, which one sector holds; what follows an end marker means nothing.
+        node.file.write_at(area.extensions[len(kept)].offset, END_MARKER)
+        return
     room = min(area.end + len(END_MARKER), area.limit) - area.start
-    node.file.write_at(area.start, kept[:room].ljust(room, b"\0"))
+    node.file.write_at(area.start, b"".join(each.build() for each in kept)[:room].ljust(room, b"\0"))

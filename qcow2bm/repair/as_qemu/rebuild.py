@@ -48,7 +48,7 @@ class Rebuilding:
             if len(self._table) == entries:
                 break
         offset = self._geometry.offset_of(first)
-        yield from self._require_free(offset, length, "reftable")
+        yield from self._require_place(offset, length, "reftable")
         self._node.fill(offset, table_bytes(array("Q", self._table)))
         self._node.set_refcount_table(offset, self._table)
 
@@ -67,7 +67,7 @@ class Rebuilding:
                 lowest = self._take(max(lowest, index * per_block), 1)
                 end = max(end, lowest + 1)
                 offset = self._enter(index, lowest)
-            yield from self._require_free(offset, geometry.cluster_size, "refblock")
+            yield from self._require_place(offset, geometry.cluster_size, "refblock")
             self._node.fill(offset, self._references.block(index))
             first = (index + 1) * per_block
 
@@ -79,10 +79,13 @@ class Rebuilding:
         self._table[index] = self._geometry.offset_of(cluster)
         return self._table[index]
 
-    def _require_free(self, offset: int, length: int, what: str) -> Iterator[Event]:
+    def _require_place(self, offset: int, length: int, what: str) -> Iterator[Event]:
+        """Give up if something else lies where a structure is to go, or nothing can lie there."""
+        reason = 0 if self._node.has_room(offset + length) else errno.ENOSPC
         structure = self._node.overlapped(offset, length)
-        if structure is None:
-            return
-        yield from self._node.signal(Notice.CORRUPT_OVERLAP, structure=structure.value)
-        yield Event(Notice.REBUILD_FAILED, values={"what": what})
-        raise GivenUpError(errno.EIO)
+        if structure is not None:
+            yield from self._node.signal(Notice.CORRUPT_OVERLAP, structure=structure.value)
+            reason = errno.EIO
+        if reason:
+            yield Event(Notice.REBUILD_FAILED, values={"what": what, "reason": reason})
+            raise GivenUpError(reason)

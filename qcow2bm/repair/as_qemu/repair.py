@@ -51,12 +51,14 @@ class Repair:
         """
         self._file = file
         self._mode = mode
+        self._inspection = inspection
         self._image = view_of(inspection).image
         self._node = Node(file, view_of(inspection))
         self._blocks = RefcountBlocks(self._node)
         self._failures = [finding for finding in found if finding.qemu is InQemu.FAILS]
         self._snapshots = Counts()
         self._has_new_table = False
+        self._keeps = True
         self.counts = Counts()
         self.reason: int | None = None
         self.given_up = False
@@ -79,7 +81,7 @@ class Repair:
             self.counts.add(self._snapshots)
             yield from self._unmark()
         except GivenUpError as error:
-            self.given_up, self.reason = True, error.reason
+            self.given_up, self.reason, self._keeps = True, error.reason, error.keeps
 
     def _failure(self, *, of_snapshots: bool) -> Finding | None:
         """What opening has seen that will end the check: of the snapshot table, or of the bitmaps."""
@@ -87,7 +89,7 @@ class Repair:
         return next(failures, None)
 
     def _refcounts(self) -> Iterator[Event]:
-        counting = Counting(self._node, self.counts, self._mode)
+        counting = Counting(self._node, self.counts, self._mode, self._inspection)
         yield from counting.run(self._failure(of_snapshots=False))
         comparison = Comparison(self._node, self._blocks)
         yield from comparison.run(counting.inspection)
@@ -163,7 +165,7 @@ class Repair:
         return self._file.plan(self._image, self._node.filled, (f"repair as `qemu-img check -r {self._mode.value}`",))
 
     def commit(self, *, undo: Path | None = None, progress: Progress | None = None) -> None:
-        """Write it.
+        """Write it, unless it was given up for want of all references.
 
         Args:
             undo: keep what is replaced in this file, which must not exist yet.
@@ -171,6 +173,8 @@ class Repair:
         Raises:
             Qcow2bmError: as `qcow2bm.image.commit.commit`.
         """
+        if not self._keeps:
+            return
         plan, base = self.plan(), self._file.base
         if base.is_device and undo is None and plan:
             if self._has_new_table:
