@@ -41,9 +41,9 @@ def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Find
     """The entries of one L2 table; neighbours that are wrong in the same way are one finding, but not for QEMU."""
     geometry = view.geometry
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
-    apart = view.as_qemu or visits > 1
-    one_by_one = ((index, index + 1) for index in view.census.miscopied(values)) if apart else ()
-    for index, stop in one_by_one if apart else view.census.miscopied_runs(values):
+    step = 1 if view.as_qemu or visits > 1 else len(values)
+    runs = view.census.miscopied_runs(values)
+    for index, stop in ((at, min(at + step, stop)) for start, stop in runs for at in range(start, stop, step)):
         value, length = values[index], stop - index
         cluster = geometry.cluster_of(L2Entry(value).host_offset)
         stored = 1 if view.header.has_data_file else view.stored.get(cluster)
