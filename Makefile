@@ -28,8 +28,9 @@ test: tools dev ## the whole test suite, against the real QEMU, with branch cove
 bench: dev ## measure against qemu-img and rewrite docs/performance.md
 	$(BIN)/python -m benchmarks
 
-fuzz: tools dev ## the property tests with many more, random examples
+fuzz: tools dev ## the property tests with many more, random examples; every combination, many more damaged images
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
+	MATRIX=all DAMAGE_ROUNDS=20 REPAIR_ROUNDS=20 QCOW2BM_ROUNDS=20 $(BIN)/python -m pytest -n auto tests/interop
 
 reliability: tools dev ## repair 600 damaged images beside qemu-img and rewrite docs/reliability.md
 	$(BIN)/python -m tests.reliability

@@ -12,7 +12,7 @@ from tests.support.bases import ROWS, make_bases
 from tests.support.damage import Generator
 from tests.support.repairs import CLASSES, look, ours
 
-ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "1"))
 
 
 @pytest.fixture(scope="module")

@@ -65,10 +65,25 @@ def test_the_residue_is_stated_for_problems_that_there_are() -> None:
     assert all(set(left) <= set(PROBLEMS) for classes in RESIDUE.values() for left in classes.values())
 
 
-@pytest.mark.parametrize("allow", ["lossless", "lossy", "guess"])
-def test_a_repair_leaves_its_stated_residue_and_can_be_undone(case: Case, allow: str, tmp_path: Path) -> None:
-    folder = shutil.copytree(case.image.parent, tmp_path / "image")  # with its backing file, or data file
-    image, undo = folder / case.image.name, tmp_path / "undo"
+def classes(code: str) -> list[str]:
+    """The classes of risk that come to different ends."""
+    residue = RESIDUE.get(code, {})
+    lossless, lossy, guess = (residue.get(name, {}) for name in ("lossless", "lossy", "guess"))
+    return [
+        "lossless",
+        *(["lossy"] if lossy not in (lossless, guess) else []),
+        *(["guess"] if guess != lossless else []),
+    ]
+
+
+def test_a_repair_leaves_its_stated_residue_and_can_be_undone(case: Case, tmp_path: Path) -> None:
+    for allow in classes(case.code):
+        require_repaired(case, allow, tmp_path / allow)
+
+
+def require_repaired(case: Case, allow: str, folder: Path) -> None:
+    shutil.copytree(case.image.parent, folder)  # with its backing file, or data file
+    image, undo = folder / case.image.name, folder / "undo"
     before = hashlib.sha256(image.read_bytes()).hexdigest()
     expected = RESIDUE.get(case.code, {}).get(allow, {})
     with qcow2bm.repairing(image, qcow2bm.RepairPolicy(allow=RepairClass(allow))) as repair:
