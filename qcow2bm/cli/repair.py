@@ -97,7 +97,7 @@ LayerOption = Annotated[
 StartOption = Annotated[
     bool,
     typer.Option(
-        "--snapshot-is-start", help="For snapshot: your word that it was taken just when the bitmap began.",
+        "--snapshot-is-start", help="For snapshot: your word that it was taken just when the bitmap began, over the same backing file.",
         show_default=False,
     ),
 ]  # fmt: skip

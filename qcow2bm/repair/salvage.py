@@ -263,7 +263,7 @@ def _unlike_snapshot(image: Qcow2Image, bitmap: StoredBitmap, terms: Terms, _pro
     when = "at the moment" if terms.snapshot_is_start else "not after"
     reason = (
         f"marked is every cluster that is not the one of snapshot '{terms.snapshot}', which by the user's word was "
-        f"taken {when} the bitmap began"
+        f"taken {when} the bitmap began, over the backing file that there is now, or none"
     )
     return _Evidence(bits, Proof.SUPERSET, reason)
 

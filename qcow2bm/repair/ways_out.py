@@ -226,7 +226,7 @@ _AT_ONCE = (
     "the snapshot was taken at the very moment the bitmap began (the program that knows no bitmaps may have gone back "
     "to an older one, and then nothing seems to have changed)"
 )
-_BELOW = ", and the backing file is as it was then"
+_BELOW = ", and the backing file is as it was then, none having been changed, put in or taken away since (`rebase`)"
 _LAYER = "nothing had been written to this overlay when the bitmap began" + _BELOW
 
 
@@ -286,7 +286,7 @@ def _unlike_snapshot(case: Case, option: str) -> WayOut | LeftOut:
     does = (
         "marks the clusters that are not those of an internal snapshot, for whatever was written since lies elsewhere"
     )
-    condition = (_SINCE if case.is_attached else _AT_ONCE) + (_BELOW if case.has_backing else "")
+    condition = (_SINCE if case.is_attached else _AT_ONCE) + _BELOW
     words = ("--snapshot", identity, *(() if case.is_attached else ("--snapshot-is-start",)))
     return _way(case, option, Salvage.SNAPSHOT, does, NextBackup.LARGER, *words, condition=condition)
 
