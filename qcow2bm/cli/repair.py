@@ -97,8 +97,8 @@ LayerOption = Annotated[
 StartOption = Annotated[
     bool,
     typer.Option(
-        "--snapshot-is-start", help="For snapshot: your word that it was taken just when the bitmap began, over the same backing file.",
-        show_default=False,
+        "--snapshot-is-start", show_default=False,
+        help="For snapshot: your word that it was taken just when the bitmap began, over the same backing file.",
     ),
 ]  # fmt: skip
 StaleOption = Annotated[
