@@ -43,7 +43,8 @@ def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Find
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
     step = 1 if view.as_qemu or visits > 1 else len(values)
     runs = view.census.miscopied_runs(values)
-    for index, stop in ((at, min(at + step, stop)) for start, stop in runs for at in range(start, stop, step)):
+    parts = ((at, min(at + step, end)) for start, end in runs for at in range(start, end, step))
+    for index, stop in parts:
         value, length = values[index], stop - index
         cluster = geometry.cluster_of(L2Entry(value).host_offset)
         stored = 1 if view.header.has_data_file else view.stored.get(cluster)
