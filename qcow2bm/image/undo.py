@@ -24,7 +24,7 @@ from ..errors import UndoError, from_os_error
 from .file import ImageFile
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
-from .undo_standing import Since, Standing, fills, pieces, since, standing
+from .undo_standing import Since, Standing, fills, is_own_work, pieces, since, standing
 from .undo_writer import drop, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"
@@ -75,6 +75,7 @@ class UndoFile(UndoReader):
                 return False
         else:
             _require_familiar(self, found)
+            _require_own_work(self, image)
         self._put_back(image)
         self._set_state(State.UNDONE)
         return True
@@ -130,12 +131,22 @@ def _require_half_way(undo: UndoReader, image: ImageFile, *, force: bool) -> Non
     """A change, or an undo of it, was cut short. The image must be as that left it."""
     found = standing(undo, image)
     _require_familiar(undo, found)
+    if not force:
+        _require_own_work(undo, image)
     # Cut short after its last byte: the image may have been used since, and nobody has noted its time stamp. A device
     # has none that would tell, and undoing is the only way to settle what a crash left there.
     if found.finished and not found.untouched and not (undo.mtime_ns or image.is_device or force):
         raise UndoError(
             "the change was done, but a crash kept that from being noted, so nobody knows what was written since",
             hint="guest data may be newer; use --force if you know that nothing has used the image",
+        )
+
+
+def _require_own_work(undo: UndoReader, image: ImageFile) -> None:
+    if not is_own_work(undo, image):
+        raise UndoError(
+            "the image has been used since a crash cut the change short: free clusters hold something else",
+            hint=f"nothing was put back; `qcow2bm check` says how it is, and if that is well move {undo.path} away",
         )
 
 

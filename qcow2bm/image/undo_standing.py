@@ -88,6 +88,32 @@ def fills(undo: UndoReader, image: ImageFile) -> tuple[bool, bool]:
     return changed, ours
 
 
+def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
+    """False if free clusters hold what the change cannot have left there: somebody has used the image since.
+
+    A barrier follows every stage. As far as a later one has begun, the clusters of those before it are filled; those of
+    the stage itself are as before or filled. The same refcount may have been written by somebody else.
+    """
+    reached = max((record.stage for record in undo.records if _has_begun(undo, image, record)), default=-1)
+    return all(
+        _is_as_filled(image, record) or (record.stage == reached and _is_as_before(undo, image, record))
+        for record in undo.records
+        if record.filled and record.stage <= reached
+    )
+
+
+def _has_begun(undo: UndoReader, image: ImageFile, record: Record) -> bool:
+    """True if any byte of a rewrite is the new one, and was not before."""
+    if record.new_at is None:
+        return False
+    for start, stop in pieces(record.offset, record.end):
+        old, new = undo.old(record, start, stop), undo.new(record, start, stop)
+        now = image.read_padded(start, stop - start)
+        if now != old and any(a == b != c for a, b, c in zip(now, new, old, strict=True)):
+            return True
+    return False
+
+
 def _is_as_filled(image: ImageFile, record: Record) -> bool:
     value = 0
     for start, stop in pieces(record.offset, record.offset + record.filled):
