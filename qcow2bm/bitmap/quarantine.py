@@ -67,6 +67,11 @@ def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False) -> tupl
     return tuple(ranges)
 
 
+def doubted(kept: Kept) -> Kept:
+    """The same of a bitmap that the repair has made stale: it changes what the guest reads, and no bit says so."""
+    return replace(kept, label=_DOUBTFUL + kept.label) if kept.label.startswith(ENTRY) else kept
+
+
 def _data(stored: StoredBitmap, geometry: Geometry, size: int) -> Iterator[tuple[int, int]]:
     """The data clusters that begin in the file, each once and neighbours as one, cut at its end."""
     try:

@@ -90,8 +90,8 @@ SnapshotOption = Annotated[
 LayerOption = Annotated[
     bool,
     typer.Option(
-        "--layer-is-newer", help="For allocated: your word that the image held nothing yet when the bitmap began.",
-        show_default=False,
+        "--layer-is-newer", show_default=False,
+        help="For allocated: your word that the image held nothing when the bitmap began, its backing file as now.",
     ),
 ]  # fmt: skip
 StartOption = Annotated[

@@ -81,6 +81,8 @@ class UndoReader:
     @staticmethod
     def was_begun(path: Path) -> bool:
         """False if a crash came while the file was being written, so that nothing it belongs to was changed yet."""
+        if not path.is_file():  # opening a FIFO would wait for its other end
+            raise UndoError(f"{path} is no regular file, and so no journal", hint="move it away")
         with path.open("rb") as file:
             return any(file.read(SECTOR))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ..bitmap.quarantine import doubted
 from ..checks.model import RepairClass, Report, Severity
 from ..checks.runner import DEFAULT_LIMIT, check_file
 from ..checks.view import Progress
@@ -70,6 +71,8 @@ def work_out(
                 f"what would be given up cannot be marked in the recording bitmaps ({step.refused})",
                 hint="mend the rest too, or remove those bitmaps first",
             )
+    if any(step.guest for step in done):
+        shop.kept = [doubted(kept) for kept in shop.kept]
     if done:
         _clear_unknown_autoclear(shop, done)
     plan = shop.plan([step.title for step in done])
