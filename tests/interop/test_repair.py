@@ -228,3 +228,29 @@ def test_on_a_device_the_undo_file_is_the_journal_and_must_be_named(tmp_path: Pa
         assert check(device)["returncode"] == 0
         assert __main__.main(["undo", str(device), str(tmp_path / "undo")]) == 0
     assert digest(image) == before
+
+
+@pytest.mark.parametrize("command", ["add", "repair"])
+def test_what_a_crash_left_is_not_put_back_over_newer_data(command: str, tmp_path: Path, monkeypatch) -> None:
+    """Killed before the first write; then QEMU hands out the very clusters that the change would have filled."""
+
+    class PowerCutError(BaseException):
+        pass
+
+    def cut(_: object) -> None:
+        raise PowerCutError
+
+    image, undo = create(tmp_path / "vm.qcow2"), tmp_path / "undo"
+    if command == "repair":
+        raw = Raw.load(image)
+        raw.put(raw.l2_entry(20 * MIB // CLUSTER), raw.number(raw.l2_entry(0)))
+        raw.save(image)
+    words = {"add": ["add", str(image), "new"], "repair": ["repair", str(image), "--yes"]}[command]
+    with monkeypatch.context() as patched:
+        patched.setattr("qcow2bm.image.commit._Engine.run", cut)
+        __main__.main([*words, "--undo", str(undo)])
+    qemu_io(image, "write -P 9 40M 256k")
+    before = digest(image)
+    assert __main__.main(["undo", str(image), str(undo)]) == 1
+    assert digest(image) == before
+    qemu_io(image, "read -P 9 40M 256k")
