@@ -38,6 +38,7 @@ class Marks:
     """
 
     def __init__(self, size: int, granularity: int, chunk_bytes: int) -> None:
+        self.size = size
         self.granularity = granularity
         self.length = div_up(size, granularity)
         self._chunk_bits = 8 * chunk_bytes
@@ -49,6 +50,7 @@ class Marks:
 
     def mark_bytes(self, start: int, stop: int) -> None:
         """Set every bit that the range of guest bytes touches; what lies past the end of the disk is left out."""
+        stop = min(stop, self.size)
         if start < stop:
             self.mark(start // self.granularity, div_up(stop, self.granularity))
 
