@@ -74,6 +74,7 @@ class Marks:
             start: guest offset of the first unit, a multiple of `unit`.
             unit: bytes of each, a power of two.
         """
+        chosen = chosen[: div_up(max(self.size - start, 0), unit)]
         if unit >= self.granularity:
             self._mark_each(start // self.granularity, np.repeat(chosen, unit // self.granularity))
             return
