@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import api
 from ..bitmap.edit import Edit
 from ..errors import UsageError, naming
 from ..image.plan import Plan, Stage
 from .committing import commit
+from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import JsonObject, Output, print_json, warn
 from .progress import ProgressBar
 from .reading import bitmaps_json
@@ -29,6 +33,42 @@ class How:
     use_locks: bool
     output: Output
     progress: bool | None
+
+
+def _how(
+    command: str,
+    *,
+    dry_run: DryRunOption = False,
+    undo: UndoOption = None,
+    no_lock: NoLockOption = False,
+    output: OutputOption = Output.HUMAN,
+    progress: ProgressOption = None,
+) -> How:
+    return How(command, dry_run, undo, not no_lock, output, progress)
+
+
+def changing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command the options that all changing commands have, behind its own; it gets them as `how`."""
+    shared = {
+        name: parameter
+        for name, parameter in inspect.signature(_how, eval_str=True).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "how"]
+
+        @functools.wraps(function)
+        def called(*words: object, **options: Any) -> int:  # noqa: ANN401 - whatever the signature below says
+            how = _how(command, **{name: options.pop(name) for name in shared if name in options})
+            return function(*words, how=how, **options)
+
+        # What Typer reads the command line from.
+        called.__signature__ = signature.replace(parameters=[*own, *shared.values()])  # type: ignore[attr-defined]
+        return called
+
+    return decorate
 
 
 def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> int:

@@ -9,10 +9,9 @@ import typer
 
 from .. import api
 from ..bitmap.edit import Edit
-from .change import How, change
+from .change import How, change, changing
 from .completion import references
-from .options import DryRunOption, GranularityOption, NoLockOption, OutputOption, ProgressOption, UndoOption
-from .output import Output
+from .options import GranularityOption
 from .references import parse_reference, split_reference
 from .sources import Sources
 
@@ -28,25 +27,15 @@ TargetArgument = Annotated[
 ]
 
 
-def copy(
-    source: SourceArgument,
-    target: TargetArgument,
-    *,
-    granularity: GranularityOption = None,
-    dry_run: DryRunOption = False,
-    undo: UndoOption = None,
-    no_lock: NoLockOption = False,
-    output: OutputOption = Output.HUMAN,
-    progress: ProgressOption = None,
-) -> int:
+@changing("copy")
+def copy(source: SourceArgument, target: TargetArgument, *, granularity: GranularityOption = None, how: How) -> int:
     """Copy a bitmap: to another image of the same disk size, or within one under another name.
 
     With -g the copy has another granularity; whatever is dirty in the source is dirty in the copy.
     """
     source_image, source_name = parse_reference(source)
     target_image, target_name = split_reference(target)
-    how = How("copy", dry_run, undo, not no_lock, output, progress)
-    with Sources(Path(target_image), use_locks=not no_lock) as others:
+    with Sources(Path(target_image), use_locks=how.use_locks) as others:
 
         def edit(_: api.Image, draft: Edit) -> None:
             found = others.bitmap(source_image, source_name)

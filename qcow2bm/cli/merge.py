@@ -9,19 +9,10 @@ import typer
 from .. import api
 from ..bitmap.edit import Edit, Source
 from ..errors import UsageError
-from .change import How, change
+from .change import How, change, changing
 from .completion import bitmap_names
 from .completion import sources as complete_sources
-from .options import (
-    DryRunOption,
-    GranularityOption,
-    ImageArgument,
-    NoLockOption,
-    OutputOption,
-    ProgressOption,
-    UndoOption,
-)
-from .output import Output
+from .options import GranularityOption, ImageArgument
 from .sources import Sources
 
 TargetArgument = Annotated[
@@ -38,6 +29,7 @@ SourcesArgument = Annotated[
 CreateOption = Annotated[bool, typer.Option("--create", help="Add TARGET if it is not there.", show_default=False)]
 
 
+@changing("merge")
 def merge(
     image: ImageArgument,
     target: TargetArgument,
@@ -45,11 +37,7 @@ def merge(
     *,
     create: CreateOption = False,
     granularity: GranularityOption = None,
-    dry_run: DryRunOption = False,
-    undo: UndoOption = None,
-    no_lock: NoLockOption = False,
-    output: OutputOption = Output.HUMAN,
-    progress: ProgressOption = None,
+    how: How,
 ) -> int:
     """Mark in one bitmap what is dirty in any of others, whatever their granularities. The sources stay as they are.
 
@@ -58,8 +46,7 @@ def merge(
     """
     if granularity is not None and not create:
         raise UsageError("-g is for a target that --create adds", hint="`qcow2bm copy -g` changes a granularity")
-    how = How("merge", dry_run, undo, not no_lock, output, progress)
-    with Sources(image, use_locks=not no_lock) as others:
+    with Sources(image, use_locks=how.use_locks) as others:
 
         def edit(opened: api.Image, draft: Edit) -> None:
             found = [others.find(word, opened.bitmaps) for word in source]

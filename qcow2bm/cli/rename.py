@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .change import How, change
+from .change import How, change, changing
 from .completion import bitmap_names
-from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption, UndoOption
-from .output import Output
+from .options import ImageArgument
 
 OldArgument = Annotated[
     str, typer.Argument(metavar="OLD", help="Its name.", show_default=False, autocompletion=bitmap_names)
@@ -17,17 +16,7 @@ OldArgument = Annotated[
 NewArgument = Annotated[str, typer.Argument(metavar="NEW", help="The name it gets.", show_default=False)]
 
 
-def rename(
-    image: ImageArgument,
-    old: OldArgument,
-    new: NewArgument,
-    *,
-    dry_run: DryRunOption = False,
-    undo: UndoOption = None,
-    no_lock: NoLockOption = False,
-    output: OutputOption = Output.HUMAN,
-    progress: ProgressOption = None,
-) -> int:
+@changing("rename")
+def rename(image: ImageArgument, old: OldArgument, new: NewArgument, *, how: How) -> int:
     """Give a bitmap another name. Its bits, granularity and recording stay as they are."""
-    how = How("rename", dry_run, undo, not no_lock, output, progress)
     return change(image, lambda _, draft: draft.rename(old, new), how)
