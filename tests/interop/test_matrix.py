@@ -8,6 +8,7 @@ checks ours, and compares the disks.
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ def test_our_edits_are_qemus(combination: Combination, tmp_path: Path) -> None:
 def test_the_matrix_is_whole() -> None:
     """Nothing falls out unnoticed: 4 cluster sizes, 7 refcount widths, 8 kinds, less what the two rules exclude."""
     assert len(matrix()) == 4 * 7 * 8 - 2 * 7 - 4
+
+
+def test_the_sample_has_every_pair() -> None:
+    """What CI leaves out are threes, never two that go together."""
+
+    def pairs(combinations: list[Combination]) -> set[tuple[object, object]]:
+        return {
+            pair for one in combinations for pair in permutations((one.cluster_size, one.kind, -one.refcount_bits), 2)
+        }
+
+    assert pairs(sample()) == pairs(matrix())
 
 
 def test_every_edit_is_there() -> None:
