@@ -105,14 +105,12 @@ def sample() -> list[Combination]:
     """
     if os.environ.get("MATRIX") == "all":
         return matrix()
-    axes = list(SIZES), list(WIDTHS), list(Kind)
-    places = [{value: at for at, value in enumerate(axis)} for axis in axes]
+    sizes, kinds = list(SIZES), list(Kind)
 
-    def is_chosen(one: Combination) -> bool:
-        size, width, kind = places
-        return (size[one.cluster_size] + width[one.refcount_bits] + kind[one.kind]) % 2 == 0
+    def square(one: Combination) -> int:
+        return sizes.index(one.cluster_size) + WIDTHS.index(one.refcount_bits) + kinds.index(one.kind)
 
-    return [combination for combination in matrix() if is_chosen(combination)]
+    return [combination for combination in matrix() if square(combination) % 2 == 0]
 
 
 class Maker:
