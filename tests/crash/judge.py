@@ -1,0 +1,110 @@
+"""What a folder is worth after a power cut: the old state, the new one, or something that must not be."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import qcow2bm
+from qcow2bm.errors import Qcow2bmError
+from qcow2bm.image.file import ImageFile
+from qcow2bm.image.image import settle_interrupted
+from tests.support.qemu import check, guest_digest, read_bitmaps
+from tests.support.states import Bitmaps, bitmaps
+
+SOUND = (0, 3)
+"""What `qemu-img check` may say of an image that was sound: nothing wrong, or leaked clusters."""
+
+HARMLESS = ("leak", "bitmap-detached")
+"""What a power cut may leave: clusters that nobody uses, the extension of bitmaps that do not count yet or any more."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """All about an image that a change must keep or turn into what it is to be.
+
+    Attributes:
+        bitmaps: as qcow2bm reads them, or why it cannot.
+        disk: digest of the disk as the mapping has it.
+        damage: codes of what a check finds, but for what is harmless.
+        status: what `qemu-img check` ends with.
+    """
+
+    bitmaps: Bitmaps | str
+    disk: str
+    damage: frozenset[str]
+    status: int
+
+    @classmethod
+    def of(cls, image: Path, secret: str | None) -> Truth:
+        """Read it all."""
+        report = qcow2bm.check(image)
+        damage = frozenset(finding.code for finding in report.findings if not finding.code.startswith(HARMLESS))
+        return cls(_bitmaps(image), _disk(image), damage, check(image, secret)["returncode"])
+
+
+def _bitmaps(image: Path) -> Bitmaps | str:
+    try:
+        return bitmaps(image)
+    except (Qcow2bmError, AssertionError) as error:
+        return str(error)
+
+
+def _disk(image: Path) -> str:
+    """A digest of the disk, encrypted or not: what each range holds, not where."""
+    digest = hashlib.sha256()
+    try:
+        with qcow2bm.open(image) as opened:
+            digest.update(opened.virtual_size.to_bytes(8, "big"))
+            for run in opened.runs():
+                digest.update(f"{run.kind} {run.guest_offset} {run.length}".encode())
+                if run.host_offset is not None and opened.data_file is None:
+                    digest.update(opened.qcow2.file.read_padded(run.host_offset, run.length))
+    except Qcow2bmError as error:
+        return str(error)
+    return digest.hexdigest()
+
+
+class Judge:
+    """Looks at what power cuts leave of one command on one image."""
+
+    def __init__(self, image: Path, secret: str | None, old: Truth, new: Truth) -> None:
+        self._image = image
+        self._secret = secret
+        self._old = old
+        self._new = new
+
+    def verdict(self) -> str | None:
+        """What is wrong with the image as it is in its folder now, after the next command has settled it; or None."""
+        try:
+            self._settle()
+            found = Truth.of(self._image, self._secret)
+        except Qcow2bmError as error:
+            return f"cannot be opened: {error}"
+        both = (self._old, self._new)
+        wrong = {
+            f"qemu-img check ends with {found.status}": found.status not in (*SOUND, *(one.status for one in both)),
+            f"damaged: {', '.join(found.damage)}": found.damage not in [one.damage for one in both],
+            "bitmaps and disk are not both old or both new": (found.bitmaps, found.disk)
+            not in [(one.bitmaps, one.disk) for one in both],
+        }
+        return next((text for text, is_so in wrong.items() if is_so), None)
+
+    def _settle(self) -> None:
+        file = ImageFile.open(self._image, writable=True)
+        try:
+            settle_interrupted(file, writable=True)
+        finally:
+            file.close()
+        assert not file.journal.exists()
+
+    def verdict_of_qemu(self) -> str | None:
+        """The same by QEMU's own reading, for a sample: it takes a hundred times as long."""
+        if isinstance(self._new.bitmaps, str) or isinstance(self._old.bitmaps, str):
+            return None  # QEMU cannot read those either
+        ours = bitmaps(self._image)
+        if read_bitmaps(self._image, secret=self._secret) != {name: list(ranges) for name, _, _, _, ranges in ours}:
+            return "QEMU reads other bits"
+        guest_digest(self._image, self._secret)
+        return None

@@ -1,0 +1,124 @@
+"""Power cuts in the middle of every command: a sample that is always the same; `make crash` tries all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qcow2bm.image.file import ImageFile
+from tests.crash.choosing import sampled, thorough
+from tests.crash.commands import COMMANDS, Command
+from tests.crash.disk import Folder, Op, by_number, states
+from tests.crash.recorder import recorded
+from tests.crash.replay import replay
+from tests.crash.shapes import SHAPES, Shape
+
+LIMIT = 8
+"""States of one command on one shape in an ordinary run."""
+
+# Each command on one shape and each shape with some command; over the list every kind of command meets most shapes.
+SAMPLE = [
+    (command, SHAPES[(7 * number) % len(SHAPES)])
+    for number, command in enumerate(COMMANDS)
+    if command.fits(SHAPES[(7 * number) % len(SHAPES)])
+]
+
+
+@pytest.mark.parametrize(("command", "shape"), SAMPLE, ids=lambda value: value.name.replace(" ", "-"))
+def test_a_power_cut_leaves_the_old_state_or_the_new_one(command: Command, shape: Shape) -> None:
+    outcome = replay(command, shape, sampled, limit=LIMIT)
+    assert not outcome.bad, "\n".join(outcome.bad)
+    assert outcome.states > 1, "nothing was cut short"
+
+
+# ---- the model itself ----
+
+
+def all_states(before: dict[str, bytes], ops: list[Op], sector: int = 512) -> set[frozenset[tuple[str, bytes]]]:
+    return {state.folder.key for state in states(by_number(before), ops, sector, thorough(0))}
+
+
+def one(data: bytes) -> frozenset[tuple[str, bytes]]:
+    return frozenset({("f", data)})
+
+
+A, B, OLD = b"a" * 512, b"b" * 512, b"o" * 512
+
+
+def test_sectors_between_two_flushes_reach_the_disk_in_any_order() -> None:
+    ops = [Op("write", 1, data=A + B), Op("flush", 1)]
+    assert all_states({"f": OLD + OLD}, ops) == {one(x + y) for x in (OLD, A) for y in (OLD, B)}
+
+
+def test_larger_sectors_are_written_whole() -> None:
+    ops = [Op("write", 1, data=A + B), Op("flush", 1)]
+    assert all_states({"f": OLD * 8}, ops, 4096) == {one(OLD * 8), one(A + B + OLD * 6)}
+
+
+def test_what_was_flushed_is_there_before_what_follows() -> None:
+    ops = [Op("write", 1, data=A), Op("flush", 1), Op("write", 1, offset=512, data=B)]
+    assert all_states({"f": OLD + OLD}, ops) == {one(OLD + OLD), one(A + OLD), one(A + B)}
+
+
+def test_a_file_without_its_name_is_not_there() -> None:
+    ops = [Op("link", 2, "g"), Op("write", 2, data=A), Op("flush", 2), Op("flush folder")]
+    found = all_states({"f": OLD}, ops)
+    assert frozenset({("f", OLD)}) in found
+    assert frozenset({("f", OLD), ("g", b"")}) in found
+    assert frozenset({("f", OLD), ("g", A)}) in found
+
+
+def test_names_come_and_go_in_their_order() -> None:
+    ops = [Op("link", 1, "second"), Op("unlink", name="f"), Op("flush folder")]
+    names = {frozenset(name for name, _ in state) for state in all_states({"f": OLD}, ops)}
+    assert names == {frozenset({"f"}), frozenset({"f", "second"}), frozenset({"second"})}
+
+
+def test_more_than_ten_sectors_are_tried_alone_left_out_and_at_random() -> None:
+    chosen = set(thorough(1, rounds=50)(40))
+    assert {(place,) for place in range(40)} < chosen
+    assert {tuple(other for other in range(40) if other != place) for place in range(40)} < chosen
+    assert len(chosen) > 100
+
+
+def test_the_recorder_sees_everything_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(OLD)
+    before = Folder.read(tmp_path)
+    with recorded(tmp_path) as ops:
+        fd = os.open(tmp_path / "g", os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        os.pwrite(fd, A, 512)
+        os.fsync(fd)
+        os.ftruncate(fd, 700)
+        os.close(fd)
+        os.link(tmp_path / "g", tmp_path / "h")
+        (tmp_path / "g").unlink()
+        Path(tmp_path / "h").replace(tmp_path / "i")
+    for op in ops:
+        before.apply(op)
+    assert before.key == frozenset({("f", OLD), ("i", bytes(512) + A[:188])})
+    assert [op.kind for op in ops] == ["link", "write", "flush", "truncate", "link", "unlink", "link", "unlink"]
+
+
+def test_a_way_of_writing_that_it_does_not_see_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(OLD)
+    with pytest.raises(AssertionError, match="does not see"), recorded(tmp_path), (tmp_path / "f").open("r+b") as file:
+        file.write(A)
+
+
+def test_a_missing_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof that the proof can fail: the same commands on a file whose barriers do nothing."""
+    monkeypatch.setattr(ImageFile, "barrier", lambda _: None)
+    shape = SHAPES[0]
+    bad = 0
+    for command in COMMANDS:
+        if command.name in ("merge", "copy", "remove"):
+            bad += len(replay(command, shape, lambda seed: thorough(seed, 20), limit=200).bad)
+    assert bad > 3
+
+
+def test_every_shape_and_every_command_is_in_the_sample() -> None:
+    assert {command.name for command, _ in SAMPLE} == {command.name for command in COMMANDS}
+    assert {shape.name for _, shape in SAMPLE} == {shape.name for shape in SHAPES}
