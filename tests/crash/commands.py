@@ -22,7 +22,7 @@ def nothing(_image: Path, _shape: Shape) -> None:
 class Command:
     """A command line.
 
-    `{image}` stands for the image, `{folder}` for where it lies, `{undo}` for a file there, `{size}` for its disk's size.
+    `{image}` stands for the image, `{folder}` for its folder, `{undo}` for a file there, `{size}` for its disk's size.
 
     Attributes:
         prepare: what the image needs first.

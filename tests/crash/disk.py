@@ -43,10 +43,11 @@ class Op:
 
 @dataclass
 class Folder:
-    """Files by inode number, and the names that lead to them."""
+    """Files by inode number, the names that lead to them, and the time stamps of those that were read."""
 
     files: dict[int, bytes] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    stamps: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Folder:
@@ -54,8 +55,9 @@ class Folder:
         found = cls()
         for entry in sorted(path.iterdir()):
             if entry.is_file():
-                number = entry.stat().st_ino
-                found.names[entry.name] = number
+                status = entry.stat()
+                number = status.st_ino
+                found.names[entry.name], found.stamps[number] = number, status.st_mtime_ns
                 found.files[number] = entry.read_bytes()
         return found
 
@@ -74,10 +76,12 @@ class Folder:
                 target.unlink(missing_ok=True)
                 target.write_bytes(self.files[number])
             first.setdefault(number, name)
+            if number in self.stamps:
+                os.utime(target, ns=(self.stamps[number], self.stamps[number]))
 
     def copy(self) -> Folder:
         """The same, to be changed."""
-        return Folder(dict(self.files), dict(self.names))
+        return Folder(dict(self.files), dict(self.names), dict(self.stamps))
 
     def apply(self, op: Op) -> None:
         """Let an operation reach the disk."""

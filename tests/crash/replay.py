@@ -50,7 +50,7 @@ def replay(
         image = shape.make(folder)
         command.prepare(image, shape)
         before, old = Folder.read(folder), Truth.of(image, shape.secret)
-        with recorded(folder) as ops, _quiet() as said:
+        with recorded(folder) as ops, quiet() as said:
             status = command.run(image, shape)
         if status not in command.status:
             return Outcome(bad=[f"the command itself ended with {status}: {said.getvalue().strip()}"])
@@ -85,7 +85,8 @@ def _part(found: list[State], limit: int | None, seed: int) -> list[State]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
+def quiet() -> Iterator[io.StringIO]:
+    """What a command prints meanwhile, kept."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         yield out

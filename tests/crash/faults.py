@@ -1,0 +1,118 @@
+"""Calls that fail: the n-th read, write, flush or other call on a file of a folder, once or from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What fails, and how.
+
+    Attributes:
+        calls: functions of `os`.
+        code: the error; None for a call that does only half of what it was asked for.
+        sticky: every later call fails too.
+    """
+
+    name: str
+    calls: tuple[str, ...]
+    code: int | None
+    sticky: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_READS, _WRITES, _FLUSHES = ("pread", "preadv"), ("pwrite",), ("fsync", "fdatasync")
+_OTHERS = ("ftruncate", "link", "unlink", "lseek")
+
+FAULTS = (
+    Fault("read error", _READS, errno.EIO),
+    Fault("read errors", _READS, errno.EIO, sticky=True),
+    Fault("short read", _READS, None),
+    Fault("short reads", _READS, None, sticky=True),
+    Fault("write error", _WRITES, errno.EIO),
+    Fault("write errors", _WRITES, errno.EIO, sticky=True),
+    Fault("disk full", _WRITES, errno.ENOSPC),
+    Fault("disk full for good", _WRITES, errno.ENOSPC, sticky=True),
+    Fault("short write", _WRITES, None),
+    Fault("short writes", _WRITES, None, sticky=True),
+    Fault("flush error", _FLUSHES, errno.EIO),
+    Fault("flush errors", _FLUSHES, errno.EIO, sticky=True),
+    Fault("other error", _OTHERS, errno.EIO),
+    Fault("creation error", ("open",), errno.EACCES),
+)
+
+
+@contextlib.contextmanager
+def failing(folder: Path, fault: Fault, number: int) -> Iterator[Failing]:
+    """Let call `number`, from 0, of those that a fault is about fail on the files of a folder."""
+    stand_in = Failing(folder.resolve(), fault, number)
+    with contextlib.ExitStack() as stack:
+        for name in fault.calls:
+            stack.enter_context(patch.object(os, name, stand_in.of(name)))
+        yield stand_in
+
+
+class Failing:
+    """Counts calls, and lets one of them fail.
+
+    Attributes:
+        happened: the fault has occurred.
+    """
+
+    def __init__(self, folder: Path, fault: Fault, number: int) -> None:
+        self.happened = False
+        self._folder = folder
+        self._fault = fault
+        self._left = number
+
+    def of(self, name: str) -> Any:
+        """A stand-in for a function of `os`."""
+        real = getattr(os, name)
+
+        def call(what: Any, *args: Any, **options: Any) -> Any:
+            if not self._concerns(name, what, args) or not self._is_due():
+                return real(what, *args, **options)
+            if self._fault.code is not None:
+                raise OSError(self._fault.code, os.strerror(self._fault.code))
+            return self._half(name, real, what, args)
+
+        return call
+
+    def _concerns(self, name: str, what: Any, args: tuple[Any, ...]) -> bool:
+        if name == "open" and not args[0] & os.O_CREAT:
+            return False
+        if isinstance(what, int):
+            with contextlib.suppress(OSError):
+                place = Path(f"/proc/self/fd/{what}").readlink()
+                return self._folder in (place, place.parent)
+            return False
+        return Path(os.fsdecode(what)).absolute().parent.resolve() == self._folder
+
+    def _is_due(self) -> bool:
+        self._left -= 1
+        due = self._left == -1 or (self._fault.sticky and self._left < -1)
+        self.happened = self.happened or due
+        return due
+
+    @staticmethod
+    def _half(name: str, real: Any, fd: int, args: tuple[Any, ...]) -> Any:
+        if name == "pread":
+            length, offset = args
+            return real(fd, max(1, length // 2), offset)
+        if name == "preadv":
+            (buffer, *_), offset = args
+            view = memoryview(buffer).cast("B")
+            return real(fd, [view[: max(1, len(view) // 2)]], offset)
+        data, offset = args
+        view = memoryview(data).cast("B")
+        return real(fd, view[: max(1, len(view) // 2)], offset)

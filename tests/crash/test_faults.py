@@ -1,0 +1,58 @@
+"""Calls that fail in the middle of every command: a clear error, and the old image or the new one.
+
+An ordinary run tries some calls of each command with one of the faults; `make crash` tries every call with every one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.crash.commands import COMMANDS, Command
+from tests.crash.faults import FAULTS, Fault, failing
+from tests.crash.shapes import SHAPES
+from tests.crash.trying import try_out
+
+SAMPLE = [
+    (command, FAULTS[(number + turn * 5) % len(FAULTS)]) for number, command in enumerate(COMMANDS) for turn in range(2)
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"), SAMPLE, ids=[f"{command.name}-{fault}".replace(" ", "-") for command, fault in SAMPLE]
+)
+def test_a_failing_call_is_an_error_and_no_harm(command: Command, fault: Fault) -> None:
+    outcome = try_out(command, SHAPES[0], fault, every=5)
+    assert not outcome.bad, "\n".join(outcome.bad)
+
+
+def test_every_fault_is_in_the_sample() -> None:
+    assert {fault.name for _, fault in SAMPLE} == {fault.name for fault in FAULTS}
+
+
+def test_the_call_that_is_meant_fails(tmp_path: Path) -> None:
+    """And none on a file elsewhere, nor before or after unless all shall fail."""
+    inside, outside = tmp_path / "folder", tmp_path / "elsewhere"
+    inside.mkdir()
+    (inside / "f").write_bytes(b"abcd")
+    outside.write_bytes(b"abcd")
+    fds = [os.open(path, os.O_RDWR) for path in (inside / "f", outside)]
+    once, always = Fault("one", ("pread",), errno.EIO), Fault("all", ("pread",), errno.EIO, sticky=True)
+    for fault, expected in ((once, [True, False, True]), (always, [True, False, False])):
+        with failing(inside, fault, 1) as stand_in:
+            passed = []
+            for _ in range(3):
+                assert os.pread(fds[1], 4, 0) == b"abcd"
+                try:
+                    passed.append(os.pread(fds[0], 4, 0) == b"abcd")
+                except OSError:
+                    passed.append(False)
+        assert passed == expected
+        assert stand_in.happened
+    with failing(inside, Fault("half", ("pread", "pwrite"), None), 0):
+        assert os.pread(fds[0], 4, 0) == b"ab"
+    for fd in fds:
+        os.close(fd)

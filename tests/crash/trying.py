@@ -1,0 +1,56 @@
+"""One command on one image with a fault at every call, until it gets through: it fails cleanly, or it succeeds."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from tests.crash.commands import Command
+from tests.crash.disk import Folder
+from tests.crash.faults import Fault, failing
+from tests.crash.judge import Judge, Truth
+from tests.crash.replay import Outcome, quiet
+from tests.crash.shapes import Shape
+
+FAILED = (1, 2, 4)
+"""How a command may end that met a fault: 2 and 4 are of a repair that was refused on what it could not read."""
+
+
+def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> Outcome:
+    """Let the first call fail, then the second, and so on; `every` third one, say, to save time."""
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="fault-") as path:
+        folder = Path(path)
+        image = shape.make(folder)
+        command.prepare(image, shape)
+        before, old = Folder.read(folder), Truth.of(image, shape.secret)
+        with quiet():
+            command.run(image, shape)
+        judge = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
+        for number in count(0, every):
+            before.write(folder)
+            with failing(folder, fault, number) as stand_in, quiet() as said:
+                status = command.run(image, shape)
+            if not stand_in.happened:
+                return outcome
+            outcome.states += 1
+            wrong = _wrong(command, fault, status, said.getvalue(), image) or judge.verdict()
+            if wrong is not None:
+                outcome.bad.append(f"{fault} at call {number}: {wrong}")
+    return outcome
+
+
+def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) -> str | None:
+    """What is wrong with how a command ended."""
+    if "internal error" in said or "Traceback" in said:
+        return f"it says {said!r}"
+    if status in command.status:
+        return None
+    if fault.code is None:
+        return f"half a call is no error, but it ended with {status}: {said!r}"
+    if status not in FAILED:
+        return f"it ended with {status}: {said!r}"
+    if image.name not in said:
+        return f"it does not name the image: {said!r}"
+    return None
