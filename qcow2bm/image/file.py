@@ -103,16 +103,8 @@ class ImageFile:
             return b""
         if offset >= self.size or offset + length > self.size + self.slack:
             raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
-        data = os.pread(self.fd, length, offset)
-        if len(data) == length:
-            return data
-        parts = [data]
-        got = len(data)
-        while got < length and data:
-            data = os.pread(self.fd, length - got, offset + got)
-            parts.append(data)
-            got += len(data)
-        return b"".join(parts) + bytes(length - got)
+        data = read_fd(self.fd, length, offset)
+        return data if len(data) == length else data + bytes(length - len(data))
 
     def read_padded(self, offset: int, length: int) -> bytes:
         """`length` bytes, which the caller has bounded, with zeroes wherever the file has none: as QEMU reads."""
@@ -179,6 +171,18 @@ class ImageFile:
             return 0
         status = os.fstatvfs(self.fd)
         return status.f_bavail * status.f_frsize
+
+
+def read_fd(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes of an open file from `offset` on, fewer only at its end: a read may stop before that."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length or not data:
+        return data
+    parts, got = [data], len(data)
+    while got < length and (data := os.pread(fd, length - got, offset + got)):
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
 
 
 def _is_read_only(fd: int) -> bool:

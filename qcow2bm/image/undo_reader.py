@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from ..errors import UndoError
+from .file import read_fd
 from .plan import SECTOR, Kept
 from .undo_layout import KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc
 
@@ -88,7 +89,7 @@ class UndoReader:
 
     def _read_summary(self) -> Summary:
         try:
-            summary = Summary.parse(os.pread(self._fd, SECTOR, 0))
+            summary = Summary.parse(read_fd(self._fd, SECTOR, 0))
         except (OSError, ValueError):
             raise UndoError(f"{self.path} is not an undo file of qcow2bm") from None
         if summary is None:
@@ -171,7 +172,7 @@ class UndoReader:
     def _stored(self, place: int | None, skip: int, length: int) -> bytes:
         if place is None:
             return bytes(length)
-        data = os.pread(self._fd, length, place + skip)
+        data = read_fd(self._fd, length, place + skip)
         if len(data) != length:
             raise UndoError(f"{self.path} has become shorter while it was read")
         return data
@@ -194,7 +195,7 @@ class UndoReader:
             if head.kind == KeptPart.PIECE:
                 pieces.append((head.offset, head.length, at if head.stored else None))
             else:
-                label = os.pread(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
+                label = read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
                 ranges.append(Kept(label, head.offset, head.length))
         return KeptBytes(self, tuple(ranges), sorted(pieces))
 
@@ -210,7 +211,7 @@ class UndoReader:
         """The heads of `count` parts from `at` on, each with where its body is; None for one that is damaged."""
         end = os.lseek(self._fd, 0, os.SEEK_END)
         for _ in range(count):
-            head = parse(os.pread(self._fd, size, at) if at < end else b"")
+            head = parse(read_fd(self._fd, size, at) if at < end else b"")
             at += size
             if head is None or head.body > end - at or self._crc(at, head.body) != head.crc:
                 yield None, at
@@ -221,7 +222,7 @@ class UndoReader:
     def _crc(self, at: int, length: int) -> int:
         value = 0
         for start in range(at, at + length, _PIECE):
-            value = crc(os.pread(self._fd, min(_PIECE, at + length - start), start), value)
+            value = crc(read_fd(self._fd, min(_PIECE, at + length - start), start), value)
         return value
 
 
