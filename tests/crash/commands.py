@@ -36,10 +36,14 @@ class Command:
     fits: Callable[[Shape], bool] = lambda _: True
     status: tuple[int, ...] = (0,)
 
+    def words(self, image: Path, shape: Shape) -> list[str]:
+        """The words of the command line."""
+        names = {"image": image, "undo": image.with_name("undo"), "folder": image.parent, "size": shape.size}
+        return [word.format(**names) for word in self.line.split()]
+
     def run(self, image: Path, shape: Shape) -> int:
         """Run it in this process."""
-        names = {"image": image, "undo": image.with_name("undo"), "folder": image.parent, "size": shape.size}
-        return __main__.main([word.format(**names) for word in self.line.split()])
+        return __main__.main(self.words(image, shape))
 
 
 def _only_a(image: Path, shape: Shape) -> None:
@@ -97,10 +101,6 @@ def _in_use(image: Path, _shape: Shape) -> None:
     raw.save(image)
 
 
-def _repairable(shape: Shape) -> bool:
-    return shape.name != "unknown autoclear bits"
-
-
 COMMANDS = (
     Command("add", "add {image} new -g 64k"),
     Command("add, all dirty, with undo", "add {image} new -g 512 --all-dirty --undo {undo}"),
@@ -121,7 +121,7 @@ COMMANDS = (
     Command("undo", "undo {image} {undo}", _undoable),
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),
-    Command("repair leaks", "repair {image} --yes --only leaks", _leaky),
+    Command("repair leaks", "repair {image} --yes --only leaks", _leaky, status=(0, 3)),
     Command("repair refcounts", "repair {image} --yes --no-undo", _too_low),
     Command("repair twins", "repair {image} --yes --only bitmaps --allow lossy", _twins, status=(0, 3)),
     Command("salvage", "repair {image} --yes --in-use all-dirty", _in_use),

@@ -1,0 +1,122 @@
+"""Real processes that are killed, or asked to end, at any moment of their writing.
+
+A commit takes milliseconds, so a signal at random would nearly always come while Python is still loading. The process
+therefore waits a moment before each call that writes, and says when the first one comes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.crash.commands import Command
+from tests.crash.disk import Folder
+from tests.crash.judge import Judge, Truth
+from tests.crash.replay import Outcome
+from tests.crash.shapes import Shape
+
+PAUSE = 0.004
+"""Seconds before each call that writes."""
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+_CHILD = """
+import os, sys, time
+
+begun = False
+
+def slow(real):
+    def call(*words, **options):
+        global begun
+        if not begun:
+            begun = True
+            os.write(int(sys.argv[2]), b"!")
+        time.sleep(float(sys.argv[1]))
+        return real(*words, **options)
+    return call
+
+for name in ("pwrite", "fsync", "fdatasync", "ftruncate", "link", "unlink"):
+    setattr(os, name, slow(getattr(os, name)))
+
+from qcow2bm.__main__ import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """How a process ended.
+
+    Attributes:
+        status: its exit status, or the signal that killed it, negative.
+        in_time: it was still there when the signal was sent.
+        seconds: from its first write to its end.
+    """
+
+    status: int
+    said: str
+    in_time: bool
+    seconds: float
+
+
+def kill(folder: Path, command: Command, shape: Shape, number: signal.Signals, rounds: int) -> Outcome:
+    """Run a command `rounds` times and end it at a random moment of its writing."""
+    image = shape.make(folder)
+    command.prepare(image, shape)
+    before, old = Folder.read(folder), Truth.of(image, shape.secret)
+    length = _length_of_writing(command, image, shape)
+    names_after = set(Folder.read(folder).names)
+    outcome, chance = Outcome(), random.Random(f"{command.name} {number}")
+    before_and_after = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
+    for _ in range(rounds):
+        before.write(folder)
+        ended = _run(command.words(image, shape), number, chance.random() * length)
+        outcome.states += ended.in_time
+        wrong = _wrong(ended, command, number) or before_and_after.verdict()
+        left = set(Folder.read(folder).names) - set(before.names)
+        if wrong is None and number is not signal.SIGKILL and left - names_after:
+            wrong = f"it left {left - names_after}"
+        if wrong is not None:
+            outcome.bad.append(f"{number.name}: {wrong}")
+    return outcome
+
+
+def _length_of_writing(command: Command, image: Path, shape: Shape) -> float:
+    """Seconds that the slowed process takes from its first write to its end, and a little more."""
+    ended = _run(command.words(image, shape), None, 0.0)
+    assert ended.status in command.status, ended
+    return 1.1 * ended.seconds
+
+
+def _run(words: list[str], number: signal.Signals | None, delay: float) -> _Ended:
+    """Start the command, and send the signal so many seconds after its first write."""
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(PAUSE), str(writing), *words], cwd=Path.cwd(), pass_fds=(writing,),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    ) as child:  # fmt: skip
+        os.close(writing)
+        os.read(reading, 1)  # the first write, or the end of a process that writes nothing
+        begun = time.monotonic()
+        in_time = False
+        if number is not None:
+            time.sleep(delay)
+            in_time = child.poll() is None
+            child.send_signal(number)
+        said = child.communicate()[0].decode()
+    os.close(reading)
+    return _Ended(child.returncode, said, in_time, time.monotonic() - begun)
+
+
+def _wrong(ended: _Ended, command: Command, number: signal.Signals) -> str | None:
+    if "Traceback" in ended.said or "internal error" in ended.said:
+        return ended.said
+    if ended.status in (*command.status, -number, 128 + number):
+        return None
+    return f"it ended with {ended.status}: {ended.said}"
