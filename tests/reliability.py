@@ -9,7 +9,6 @@ the seed decides which. What is counted is what QEMU says of the image before an
 import argparse
 import multiprocessing
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -18,10 +17,9 @@ from pathlib import Path
 from qcow2bm.checks.model import RepairClass
 from tests.support.bases import make_bases
 from tests.support.damage import Generator
+from tests.support.figures import measured_with, write_figures
 from tests.support.repairs import BADNESS, GAVE_UP, Outcome, look, ours, theirs
-from tests.support.tools import run, version
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 FIRST_SEED = 500_000
 OURS = {
     "`repair`": RepairClass.LOSSLESS,
@@ -87,11 +85,10 @@ def figures(images: int) -> tuple[Counter[tuple[str, str]], int]:
 def table(counted: Counter[tuple[str, str]], images: int, sound: int) -> str:
     """The figures as Markdown."""
     names = [*OURS, THEIRS]
-    commit = run("git", "rev-parse", "--short", "HEAD").stdout.strip()
     last = FIRST_SEED + images - 1
     lines = [
         f"{images} images (seeds {FIRST_SEED} to {last}), {sound} of them sound for QEMU to begin with.",
-        f"QEMU {version()}, commit {commit}.",
+        measured_with(),
         "",
         f"| images | {' | '.join(names)} |",
         f"|---|{'---|' * len(names)}",
@@ -107,9 +104,7 @@ def main() -> None:
     images = parser.parse_args().images
     counted, sound = figures(images)
     text = table(counted, images, sound)
-    page = PAGE.read_text(encoding="utf-8")
-    new = re.sub(r"(<!-- repairs -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
-    PAGE.write_text(new, encoding="utf-8")
+    write_figures("repairs", text)
     print(text)
 
 
