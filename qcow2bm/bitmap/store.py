@@ -164,15 +164,39 @@ class StoredBitmap:
         """
         if self.fault is not None:
             raise BitmapBrokenError(f"bitmap '{self.name}' is broken: {self.fault}")
-        geometry, file = self._image.geometry, self._image.file
+        geometry, chunks = self._image.geometry, self._chunks()
+        needed = geometry.bitmap_table_entries(self.granularity)
+        chunks += [ZEROES] * (needed - len(chunks))  # an inconsistent bitmap's table may be of another size
+        return BitVector(geometry.bitmap_bits(self.granularity), geometry.cluster_size, chunks[:needed])
+
+    @property
+    def is_misfit(self) -> bool:
+        """True if nothing is wrong with it but that its table was made for a disk of another size."""
+        if self._conflict is not None or self.table_fault is not None:
+            return False
+        if len(self.table) == self._image.geometry.bitmap_table_entries(self.granularity):
+            return False
+        faults = (fault for fault in self.entry.faults(self._image.geometry) if fault.weight is not Weight.MINOR)
+        return all(fault.code == "bitmap-table-size" for fault in faults)
+
+    @property
+    def table_bits(self) -> BitVector:
+        """The bits of all the clusters that its table has, whatever size of disk that was made for.
+
+        Raises:
+            CorruptImageError: the table lies outside the file or is larger than any bitmap's.
+        """
+        chunks = self._chunks()
+        cluster_size = self._image.geometry.cluster_size
+        return BitVector(8 * cluster_size * len(chunks), cluster_size, chunks)
+
+    def _chunks(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for value in self.table:
             entry = BitmapTableEntry(value)
             constant = ONES if entry.all_ones else ZEROES
-            chunks.append(StoredChunk(file, entry.offset) if entry.offset else constant)
-        needed = geometry.bitmap_table_entries(self.granularity)
-        chunks += [ZEROES] * (needed - len(chunks))  # an inconsistent bitmap's table may be of another size
-        return BitVector(geometry.bitmap_bits(self.granularity), geometry.cluster_size, chunks[:needed])
+            chunks.append(StoredChunk(self._image.file, entry.offset) if entry.offset else constant)
+        return chunks
 
     def readable_bits(self) -> BitVector:
         """The bits, if they are to be relied on.
@@ -197,8 +221,13 @@ class StoredBitmap:
         return (data + geometry.clusters(8 * self.entry.bitmap_table_size)) * geometry.cluster_size
 
     def references(self) -> Iterator[Reference]:
-        """The host ranges that the table and its entries name; adjacent data clusters as one."""
+        """The host ranges that the table and its entries name; adjacent data clusters as one.
+
+        A table at offset 0 is nowhere: the header is no table.
+        """
         cluster_size = self._image.geometry.cluster_size
+        if not self.entry.bitmap_table_offset:
+            return
         owner = f"the table of bitmap '{self.name}'"
         if self.entry.bitmap_table_size:
             yield Reference(self.entry.bitmap_table_offset, 8 * self.entry.bitmap_table_size, Kind.BITMAPS, owner)

@@ -2,7 +2,8 @@
 
 Who reads a cluster today reads the same bytes afterwards, so nothing is lost, whichever of the two was right. QEMU's
 own repair raises the refcount instead, and the first write of the guest then decides. What moves is guest data, a
-compressed stream or an L2 table; other tables stay where they are.
+compressed stream or an L2 table; other tables stay where they are. Guest data under LUKS cannot move: where a cluster
+lies is part of how it is encrypted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..checks.model import Finding, RepairClass
 from ..checks.view import Root
-from ..errors import NoSpaceError
+from ..errors import NoSpaceError, UnsupportedImageError
 from ..format.entries import COPIED, OFFSET_MASK, ZERO, CompressedDescriptor, L2Entry, l1_offset, table_entries
 from .model import Proposal, Scope, Step
 from .workshop import SHARED, Workshop
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from ..format.vectors import ClusterFilter
 
 _MOST_CLUSTERS = 1 << 17
-"""Clusters that one repair copies; an image with more of them is better converted."""
+_MOST_BYTES = 4 << 30
+"""Clusters, and bytes, that one repair copies; an image with more of them is better converted."""
 _PLAIN_ENTRIES = 1 << 14
 """L2 entries up to which plain Python is faster than loading numpy."""
 
@@ -156,6 +158,9 @@ class _Separation:
         if entry.value & ZERO and not self._geometry.extended_l2:
             self._point(table, index, L2Entry(entry.value & ~(OFFSET_MASK | COPIED)))
             return
+        if self._view.header.encrypts_by_place:
+            text = "guest data encrypted with LUKS cannot be copied to another place without its key"
+            raise UnsupportedImageError(text, hint="copy the disk with `qemu-img convert --object secret,…`")
         place = self._copy(entry.host_offset)
         flag = COPIED if table.active and not table.shared else 0
         self._point(table, index, L2Entry(entry.value & ~(OFFSET_MASK | COPIED) | place | flag, entry.bitmap))
@@ -215,10 +220,9 @@ class _Separation:
 
     def _count(self, clusters: int) -> None:
         self._copied += clusters
-        room = self._shop.file.base.free_space()
-        if self._copied > _MOST_CLUSTERS or (
-            room is not None and not self._shop.file.is_device and self._copied * self._geometry.cluster_size > room
-        ):
+        length = self._copied * self._geometry.cluster_size
+        room = None if self._shop.file.is_device else self._shop.file.base.free_space()
+        if self._copied > _MOST_CLUSTERS or length > (_MOST_BYTES if room is None else min(room, _MOST_BYTES)):
             raise NoSpaceError(
                 f"more than {self._copied - 1} clusters would have to be copied", hint="copy the disk with `convert`"
             )

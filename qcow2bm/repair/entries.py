@@ -36,7 +36,7 @@ def _data_wins(_: Geometry, __: int, entry: L2Entry) -> L2Entry:
 _Mend = Callable[[Geometry, int, L2Entry], L2Entry]
 
 _L2: dict[str, tuple[RepairClass, str, _Mend]] = {
-    "zero-unaligned": (RepairClass.LOSSLESS, "make preallocated zero clusters plain zero clusters", _given_up),
+    "zero-unaligned": (RepairClass.LOSSY, "give up preallocated zero clusters that are not aligned", _given_up),
     "compressed-copied": (
         RepairClass.LOSSLESS,
         "clear the copied flag of compressed clusters",
@@ -70,10 +70,11 @@ _L2: dict[str, tuple[RepairClass, str, _Mend]] = {
 
 _L1: dict[str, tuple[RepairClass, str, Callable[[int], int]]] = {
     "l1-entry-reserved": (RepairClass.GUESS, "clear reserved bits of L1 entries", lambda entry: entry & ~L1_RESERVED),
+    "l1-entry-no-table": (RepairClass.LOSSLESS, "clear the flags of L1 entries without an L2 table", lambda _: 0),
     "l2-unaligned": (RepairClass.LOSSY, "give up L2 tables that are not aligned", lambda _: 0),
     "l2-outside": (RepairClass.LOSSY, "give up L2 tables that lie outside the file", lambda _: 0),
 }
-_GARBAGE_FREE = frozenset({"zero-unaligned", "compressed-copied"})
+_GARBAGE_FREE = frozenset({"l1-entry-no-table", "compressed-copied"})
 """Problems that leave what the guest reads alone."""
 
 
@@ -117,8 +118,7 @@ def _mend_l1(shop: Workshop, found: list[Finding], mend: Callable[[int], int]) -
         place = finding.location.host_offset
         assert place is not None, "findings about entries say where they are"
         entry = int.from_bytes(shop.file.read_padded(place, 8), "big")
-        bad = entry & L1_RESERVED if finding.code == "l1-entry-reserved" else _is_bad_table(shop.seen, entry)
-        if bad and shop.owns(place):
+        if _is_bad(shop.seen, finding.code, entry) and shop.owns(place):
             shop.write(place, mend(entry).to_bytes(8, "big"), f"L1 entry {finding.location.index}")
 
 
@@ -136,9 +136,13 @@ def _mend_l2(shop: Workshop, code: str, found: list[Finding], mend: _Mend) -> No
             shop.write(place, new, f"L2 entry {finding.location.index}")
 
 
-def _is_bad_table(view: View, entry: int) -> bool:
-    offset = l1_offset(entry)
-    size = view.geometry.cluster_size
+def _is_bad(view: View, code: str, entry: int) -> bool:
+    """True if an L1 entry still has this fault."""
+    offset, size = l1_offset(entry), view.geometry.cluster_size
+    if code == "l1-entry-reserved":
+        return bool(entry & L1_RESERVED)
+    if code == "l1-entry-no-table":
+        return not offset
     return not view.geometry.is_aligned(offset) or view.census.reaches_outside(offset, size)
 
 

@@ -25,7 +25,7 @@ class Listing:
     Attributes:
         sound: the bitmaps that may stay, in order; names may still be missing, or there twice.
         broken: those that may not, each with the reason.
-        size: bytes of the directory that were read.
+        size: bytes of the directory: what the extension says, or where that is nonsense what its entries take.
         is_damaged: True if the directory as a whole is not what the extension says.
     """
 
@@ -72,6 +72,8 @@ def list_entries(
         else:
             found.broken.append((bitmap, why))
     found.is_damaged = found.is_damaged or not at_once or end != len(data) or found.total != wanted
+    if not at_once:
+        found.size = end  # what was read may reach into anything that lies behind
     return found
 
 

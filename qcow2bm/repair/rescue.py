@@ -15,6 +15,7 @@ from itertools import islice
 from ..bitmap import header_area
 from ..bitmap.quarantine import keep
 from ..bitmap.store import StoredBitmap
+from ..checks.census import Mismatch
 from ..checks.lost import Leaked, LostDirectory, bitmap_places, lost_directories
 from ..checks.model import Finding, RepairClass
 from ..errors import CorruptImageError
@@ -138,13 +139,12 @@ def _directory(shop: Workshop) -> Iterator[Proposal]:
     if broken and pointer is not None:
         damaged = bool(shop.found(*_DIRECTORY))
         listing = list_entries(shop.view, pointer, attached=True, damaged=damaged, shared=_shared(shop))
-        if not listing.sound and not listing.broken:
-            lost = _lost_directory(shop, pointer)
-            if lost is not None:
-                title = f"point the bitmaps extension to the directory, which was found at {lost.offset:#x}"
-                yield _step(title, broken), partial(_point_to, shop, lost)
-            else:
-                yield _dropping(shop, broken), partial(_drop_extension, shop)
+        lost = None if listing.sound else _lost_directory(shop, pointer)
+        if lost is not None:
+            title = f"point the bitmaps extension to the directory, which was found at {lost.offset:#x}"
+            yield _step(title, broken), partial(_point_to, shop, lost)
+        elif not listing.total:
+            yield _dropping(shop, broken), partial(_drop_extension, shop)
         elif listing.broken or listing.is_damaged:
             title = "write the bitmap directory anew with the entries that are sound"
             if listing.broken:
@@ -159,13 +159,17 @@ def _lost_directory(shop: Workshop, pointer: BitmapsExtension) -> LostDirectory 
     """The directory that the extension should name, if there is no doubt about it.
 
     Clusters that were used before still hold older directories. The one that counts is as long as the extension says,
-    and explains every cluster that is counted without a reference.
+    and explains every cluster that is counted without a reference, or with the extension's wrong one alone.
     """
     view = shop.view
-    leaked = Leaked(view.leaks)
+    leaked, mistaken = Leaked(view.leaks), _directory_clusters(shop, pointer)
+    if view.directory.pointer is None or shop.file.is_hole(pointer.bitmap_directory_offset, 1):
+        mistaken = range(0)
+    runs = [*view.leaks, Mismatch(mistaken.start, len(mistaken), 1, 0)]
+    counted = Leaked(sorted(runs, key=lambda run: run.first))
     if sum(run.count for run in view.leaks) > _MOST_LEAKED:
         return None
-    for lost in islice(lost_directories(view, leaked), _CANDIDATES):
+    for lost in islice(lost_directories(view, counted), _CANDIDATES):
         if (len(lost.entries), lost.size) != (pointer.nb_bitmaps, pointer.bitmap_directory_size):
             continue
         places = [place for _, entry in lost.entries for place in bitmap_places(view, entry)]
@@ -174,7 +178,7 @@ def _lost_directory(shop: Workshop, pointer: BitmapsExtension) -> LostDirectory 
             for offset, length in [(lost.offset, lost.size), *places]
             for cluster in range(view.geometry.cluster_of(offset), view.geometry.clusters(offset + length))
         )
-        if clusters.keys() == set(leaked) and clusters.total() == len(clusters):
+        if set(leaked) <= clusters.keys() <= {*leaked, *mistaken} and clusters.total() == len(clusters):
             return lost
     return None
 
@@ -252,7 +256,8 @@ def _write_directory(shop: Workshop, entries: list[BitmapEntry], pointer: Bitmap
     """In place if the clusters have the room and no other use, else into free ones.
 
     Args:
-        old_size: bytes of the old directory as far as it makes sense.
+        old_size: bytes of the old directory: what its entries take where the extension's size is nonsense, because
+            what lies behind them then may be anybody's.
     """
     if not entries:
         _drop_extension(shop)
@@ -272,14 +277,17 @@ def _write_directory(shop: Workshop, entries: list[BitmapEntry], pointer: Bitmap
     shop.write(extension.data_offset, new.build(), "bitmaps extension")
 
 
+def _directory_clusters(shop: Workshop, pointer: BitmapsExtension) -> range:
+    geometry, offset = shop.view.geometry, pointer.bitmap_directory_offset
+    return range(geometry.cluster_of(offset), geometry.clusters(offset + pointer.bitmap_directory_size))
+
+
 def _drop_extension(shop: Workshop) -> None:
     image, pointer = shop.image, _pointer(shop)
     extension = image.extensions.find(ExtensionType.BITMAPS)
     assert extension is not None, "something was found in it"
     if shop.view.directory.pointer is not None and pointer is not None:
-        geometry, offset = image.geometry, pointer.bitmap_directory_offset
-        end = offset + pointer.bitmap_directory_size
-        shop.given_up.update(range(geometry.cluster_of(offset), geometry.clusters(end)))
+        shop.given_up.update(_directory_clusters(shop, pointer))
     for stage in header_area.detach(HeaderDraft(image), extension).stages:
         for write in stage.writes:
             shop.write(write.offset, bytes(write.read()), write.purpose)

@@ -82,8 +82,10 @@ def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, dup
 
 
 def _may_be_read(view: View, bitmap: StoredBitmap) -> bool:
-    """False where the entry's faults have said already that there is no such table."""
+    """False where the entry's faults have said already that there is no such table; QEMU's check reads one at 0."""
     offset, entries = bitmap.entry.bitmap_table_offset, bitmap.entry.bitmap_table_size
+    if not offset and not view.as_qemu:
+        return False
     return view.geometry.may_start(offset, 8 * entries) and entries <= view.geometry.max_bitmap_table_entries
 
 

@@ -85,8 +85,10 @@ def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: se
         if not entry:
             continue
         offset = l1_offset(entry)
-        if not offset and not view.as_qemu:
-            continue  # the guest finds nothing there; qemu-img takes the header for an L2 table
+        if not offset and not view.as_qemu:  # where qemu-img takes the header for an L2 table
+            place = replace(where, host_offset=root.offset + 8 * index, index=index)
+            yield found("l1-entry-no-table", f"L1 entry {entry:#x} has flags and no L2 table", place, entry=entry)
+            continue
         odd = entry & L1_RESERVED or offset & cut
         if not odd and offset + size <= view.file.size and offset not in suspects:
             continue
