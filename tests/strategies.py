@@ -6,7 +6,7 @@ from bitarray import bitarray
 from hypothesis import strategies as st
 
 from qcow2bm.bitmap.bits import BitVector
-from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk, Patched, Union
+from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk, Combined, Inverted, Op, Patched
 from qcow2bm.format.bitmap_directory import BitmapEntry, BitmapFlag
 from qcow2bm.format.entries import ALL_ONES, COMPRESSED, COPIED, OFFSET_MASK, ZERO, CompressedDescriptor
 from qcow2bm.format.extensions import BitmapsExtension, CryptoHeaderPointer, Extension, ExtensionType, FeatureName
@@ -167,7 +167,8 @@ def _chunks(chunk_bytes: int) -> st.SearchStrategy[Chunk]:
     patch = st.tuples(st.integers(0, 8 * chunk_bytes), st.integers(0, 8 * chunk_bytes), st.booleans())
     ordered = patch.map(lambda p: (min(p[:2]), max(p[:2]), p[2]))
     patched = st.builds(Patched, simple, st.lists(ordered, min_size=1, max_size=3).map(tuple))
-    return simple | patched | st.builds(Union, st.tuples(bits, patched))
+    both = st.builds(Combined, st.sampled_from(Op), st.tuples(bits, patched))
+    return simple | patched | both | st.builds(Inverted, patched)
 
 
 def _stored(data: bytes) -> Bits:

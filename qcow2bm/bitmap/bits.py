@@ -2,7 +2,7 @@
 
 Pure: no files. A vector is immutable; an operation gives a new one whose chunks are the old ones wherever nothing
 changed, so an operation costs what it changes. A chunk that is neither all zeroes nor all ones is a recipe (stored
-somewhere, the union of others, one with ranges set, another granularity) and holds no bits, so a vector of any size
+somewhere, others combined, one with ranges set, another granularity) and holds no bits, so a vector of any size
 takes a list of its chunks and no more.
 
 Bits are numbered from 0, the least significant bit of a byte first, as in the file. A chunk may hold anything in
@@ -11,13 +11,14 @@ the bits past the end of its vector; `BitVector.read` gives them as zeroes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
 from bitarray.util import intervals, zeros
 
 from ..format.geometry import div_up
-from .chunks import ONES, ZEROES, Chunk, Constant, either, patched, uniform
+from .chunks import ONES, ZEROES, Chunk, Constant, Marked, Op, combined, inverted, patched, uniform
 from .granularity import coarsen, refine
 
 _FIRST_PIECE = 4 << 10
@@ -41,11 +42,9 @@ class Resampled:
             return self._coarse(first, 8 * length)
         low = first // self._refine
         high = div_up(first + 8 * length, self._refine)
-        bits = refine(self._source.slice(low, high), self._refine)
-        skip = first - low * self._refine
-        bits = bits[skip : skip + 8 * length]
-        bits.extend(zeros(8 * length - len(bits), "little"))  # the source may end before the chunk does
-        return bits
+        bits = refine(self._source.slice(low, high), self._refine, first - low * self._refine, 8 * length)
+        # The source may end before the chunk does.
+        return bits if len(bits) == 8 * length else bits + zeros(8 * length - len(bits), "little")
 
     def _coarse(self, first: int, count: int) -> bitarray:
         """Chunk by chunk of the source, so that a coarse bit over a large source takes no memory."""
@@ -77,6 +76,26 @@ class BitVector:
     def filled(cls, length: int, chunk_bytes: int, constant: Constant = ZEROES) -> BitVector:
         """All bits alike."""
         return cls(length, chunk_bytes, [constant] * div_up(length, 8 * chunk_bytes))
+
+    @classmethod
+    def marked(cls, length: int, chunk_bytes: int, runs: Iterable[tuple[int, int]]) -> BitVector:
+        """Only the bits of some runs (first, end) are set. The runs are in order and apart, and within the vector.
+
+        Takes 16 bytes for a run, and the time of one pass: there may be millions.
+        """
+        firsts, stops = array("Q"), array("Q")
+        result = cls.filled(length, chunk_bytes)
+        chunks: list[Chunk] = list(result.chunks)
+        for first, stop in runs:
+            firsts.append(first)
+            stops.append(stop)
+            for place, _, width in result.spans(first, stop):
+                index = place // result.chunk_bits
+                if width == result.valid_bits(index):
+                    chunks[index] = ONES
+                elif chunks[index] is ZEROES:
+                    chunks[index] = Marked(firsts, stops, index * result.chunk_bits)
+        return cls(length, chunk_bytes, chunks)
 
     @property
     def chunk_bits(self) -> int:
@@ -115,14 +134,25 @@ class BitVector:
             start = end
 
     def slice(self, start: int, stop: int) -> bitarray:
-        """The bits from `start` up to `stop`, fewer at the end of the vector. The caller keeps the range small."""
+        """The bits from `start` up to `stop`, fewer at the end of the vector; may be a read-only view.
+
+        The caller keeps the range small.
+        """
+        parts = [self._part(place, width) for place, _, width in self.spans(start, stop)]
+        if len(parts) == 1:
+            return parts[0]
         out = bitarray(endian="little")
-        for place, _, width in self.spans(start, stop):
-            index, first = divmod(place, self.chunk_bits)
-            low, high = first // 8, div_up(first + width, 8)
-            bits = self.read(index, low, high - low)
-            out += bits[first - 8 * low : first - 8 * low + width]
+        for part in parts:
+            out += part
         return out
+
+    def _part(self, place: int, width: int) -> bitarray:
+        """`width` bits from `place` on, all of one chunk; may be a read-only view."""
+        index, first = divmod(place, self.chunk_bits)
+        low, high = first // 8, div_up(first + width, 8)
+        bits = self.read(index, low, high - low)
+        skip = first - 8 * low
+        return bits if len(bits) == width else bits[skip : skip + width]
 
     def count(self) -> int:
         """How many bits are set."""
@@ -171,12 +201,20 @@ class BitVector:
 
     def union(self, *others: BitVector) -> BitVector:
         """The bits set here or in any of `others`, which must have the same length and chunks."""
+        return self.combined(Op.OR, *others)
+
+    def combined(self, op: Op, *others: BitVector) -> BitVector:
+        """These bits combined with each of `others` in turn, which must have the same length and chunks."""
         chunks = self.chunks
         for other in others:
             if (other.length, other.chunk_bytes) != (self.length, self.chunk_bytes):
-                raise ValueError("a union needs vectors of one shape; use `resampled` first")
-            chunks = [either(mine, theirs) for mine, theirs in zip(chunks, other.chunks, strict=True)]
+                raise ValueError("only vectors of one shape can be combined; use `resampled` first")
+            chunks = [combined(op, mine, theirs) for mine, theirs in zip(chunks, other.chunks, strict=True)]
         return BitVector(self.length, self.chunk_bytes, chunks)
+
+    def inverted(self) -> BitVector:
+        """Every bit turned over."""
+        return BitVector(self.length, self.chunk_bytes, [inverted(chunk) for chunk in self.chunks])
 
     def with_range(self, start: int, stop: int, *, value: bool) -> BitVector:
         """The same bits but for those from `start` up to `stop`."""

@@ -6,7 +6,11 @@ significant bit of a byte first.
 
 from __future__ import annotations
 
+import operator
+from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from typing import Protocol
 
 from bitarray import bitarray
@@ -39,19 +43,87 @@ ZEROES = Constant(zeros, "ZEROES")
 ONES = Constant(ones, "ONES")
 
 
-class Union:
-    """The OR of other chunks."""
+class Op(StrEnum):
+    """How two sets of dirty bytes become one."""
 
-    def __init__(self, parts: tuple[Chunk, ...]) -> None:
+    OR = "or"
+    """What is in either."""
+    AND = "and"
+    """What is in both."""
+    XOR = "xor"
+    """What is in one of them alone."""
+    SUBTRACT = "subtract"
+    """What is in the first and not in the second."""
+
+
+def _subtract(mine: bitarray, theirs: bitarray) -> bitarray:
+    return mine & ~theirs
+
+
+_APPLY: dict[Op, Callable[[bitarray, bitarray], bitarray]] = {
+    Op.OR: operator.or_,
+    Op.AND: operator.and_,
+    Op.XOR: operator.xor,
+    Op.SUBTRACT: _subtract,
+}
+
+
+class Combined:
+    """Other chunks combined bit by bit, from left to right."""
+
+    __slots__ = ("op", "parts")
+
+    def __init__(self, op: Op, parts: tuple[Chunk, ...]) -> None:
+        self.op = op
         self.parts = parts
 
     def read(self, start: int, length: int) -> bitarray:
-        """The union of what the parts read."""
-        first, second, *rest = (part.read(start, length) for part in self.parts)
-        union = first | second
+        """What comes of the parts' bits, one part after the other: there may be a thousand."""
+        first, *rest = self.parts
+        bits = first.read(start, length)
         for part in rest:
-            union |= part
-        return union
+            bits = _APPLY[self.op](bits, part.read(start, length))
+        return bits
+
+
+class Inverted:
+    """Another chunk with every bit turned over."""
+
+    __slots__ = ("base",)
+
+    def __init__(self, base: Chunk) -> None:
+        self.base = base
+
+    def read(self, start: int, length: int) -> bitarray:
+        """The base's bits, turned over."""
+        return ~self.base.read(start, length)
+
+
+class Marked:
+    """A chunk with runs of set bits, taken from the runs of its whole vector.
+
+    Args:
+        firsts, stops: where the runs begin and end, in order and apart, in bits of the vector.
+        first_bit: the chunk's first one.
+    """
+
+    __slots__ = ("_first_bit", "_firsts", "_stops")
+
+    def __init__(self, firsts: array[int], stops: array[int], first_bit: int) -> None:
+        self._firsts = firsts
+        self._stops = stops
+        self._first_bit = first_bit
+
+    def read(self, start: int, length: int) -> bitarray:
+        """Zeroes, and the runs that fall into them."""
+        low = self._first_bit + 8 * start
+        high = low + 8 * length
+        bits = zeros(8 * length, "little")
+        index = bisect_right(self._stops, low)
+        while index < len(self._firsts) and self._firsts[index] < high:
+            bits[max(self._firsts[index], low) - low : min(self._stops[index], high) - low] = True
+            index += 1
+        return bits
 
 
 class Patched:
@@ -71,17 +143,40 @@ class Patched:
         return bits
 
 
-def either(mine: Chunk, theirs: Chunk) -> Chunk:
-    """The OR of two chunks; one of them itself where the other adds nothing."""
-    if theirs is ZEROES or mine is ONES or mine is theirs:
-        return mine
-    if mine is ZEROES or theirs is ONES:
-        return theirs
-    # A union of unions is one union, so that a merge of a thousand sources does not nest a thousand deep.
-    parts = (mine.parts if isinstance(mine, Union) else (mine,)) + (
-        theirs.parts if isinstance(theirs, Union) else (theirs,)
-    )
-    return Union(tuple(dict.fromkeys(parts)))
+def combined(op: Op, mine: Chunk, theirs: Chunk) -> Chunk:
+    """Two chunks combined: a constant, or one of them itself, wherever that can be told without reading."""
+    if mine is theirs:
+        return mine if op in (Op.OR, Op.AND) else ZEROES
+    known = _with_constant(op, mine, theirs)
+    if known is not None:
+        return known
+    # What is combined from left to right anyway is one recipe, so that a merge of a thousand sources does not nest a
+    # thousand deep.
+    parts = (*_parts(op, mine), *(_parts(op, theirs) if op is not Op.SUBTRACT else (theirs,)))
+    return Combined(op, tuple(dict.fromkeys(parts)) if op in (Op.OR, Op.AND) else parts)
+
+
+def _parts(op: Op, chunk: Chunk) -> tuple[Chunk, ...]:
+    return chunk.parts if isinstance(chunk, Combined) and chunk.op is op else (chunk,)
+
+
+def _with_constant(op: Op, mine: Chunk, theirs: Chunk) -> Chunk | None:
+    """The result if one of them is a constant, else None."""
+    if op is Op.SUBTRACT:  # a - b is a & ~b
+        op, theirs = Op.AND, inverted(theirs) if isinstance(theirs, Constant) or mine is ONES else theirs
+    for one, other in ((mine, theirs), (theirs, mine)):
+        if one is ZEROES:
+            return ZEROES if op is Op.AND else other
+        if one is ONES:
+            return {Op.OR: ONES, Op.AND: other, Op.XOR: inverted(other)}[op]
+    return None
+
+
+def inverted(chunk: Chunk) -> Chunk:
+    """A chunk with every bit turned over."""
+    if isinstance(chunk, Constant):
+        return ZEROES if chunk is ONES else ONES
+    return chunk.base if isinstance(chunk, Inverted) else Inverted(chunk)
 
 
 def patched(chunk: Chunk, patch: tuple[int, int, bool]) -> Chunk:

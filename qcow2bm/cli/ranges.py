@@ -2,29 +2,113 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from .. import api
 from ..bitmap.edit import Edit
+from ..bitmap.extents import MAX_LIST_BYTES, Where, read_extents
+from ..errors import UsageError, naming
 from .change import How, change, changing
 from .options import BitmapArgument, ImageArgument, RangesOption
+from .sizes import Range
+
+ExtentsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-extents", metavar="FILE", show_default=False,
+        help="Ranges from a list, `-` for stdin: JSON of `qemu-img map`, `nbdinfo --map` or `show`, or CSV.",
+    ),
+]  # fmt: skip
+WhereOption = Annotated[
+    Where | None,
+    typer.Option(
+        "--where", show_default="dirty, or else data, or else allocated: what the list is about",
+        help="Which rows of the list count. `allocated`: what the image holds itself; `present`: what any layer holds.",
+    ),
+]  # fmt: skip
+AllocationOption = Annotated[
+    bool,
+    typer.Option(
+        "--from-allocation", show_default=False,
+        help="All that the image holds itself and not its backing file: data, compressed clusters, zeroes.",
+    ),
+]  # fmt: skip
+
+
+_STDIN = Path("-")
 
 
 @changing("set")
-def set_ranges(image: ImageArgument, bitmap: BitmapArgument, *, ranges: RangesOption, how: How) -> int:
+def set_ranges(
+    image: ImageArgument,
+    bitmap: BitmapArgument,
+    *,
+    ranges: RangesOption = None,
+    from_extents: ExtentsOption = None,
+    where: WhereOption = None,
+    from_allocation: AllocationOption = False,
+    how: How,
+) -> int:
     """Mark ranges dirty: every bit that they touch, so that nothing in them is called clean."""
+    data = _read(ranges, from_extents, where, otherwise=from_allocation)
 
-    def edit(_: api.Image, draft: Edit) -> None:
-        for offset, length in ranges:
-            draft.set_range(bitmap, offset, length)
+    def edit(opened: api.Image, draft: Edit) -> None:
+        if ranges or from_extents is not None:
+            draft.set_ranges(bitmap, _all_ranges(opened, ranges, from_extents, data, where))
+        if from_allocation:
+            draft.require_usable(bitmap)
+            draft.merge(bitmap, [opened.allocated(opened.bitmaps[bitmap].granularity)])
 
     return change(image, edit, how)
 
 
 @changing("unset")
-def unset_ranges(image: ImageArgument, bitmap: BitmapArgument, *, ranges: RangesOption, how: How) -> int:
-    """Mark ranges clean: only bits that lie wholly inside, so that nothing outside is called clean."""
+def unset_ranges(
+    image: ImageArgument,
+    bitmap: BitmapArgument,
+    *,
+    ranges: RangesOption = None,
+    from_extents: ExtentsOption = None,
+    where: WhereOption = None,
+    how: How,
+) -> int:
+    """Mark ranges clean: only bits that lie wholly inside them, so that nothing outside is called clean."""
+    data = _read(ranges, from_extents, where)
 
-    def edit(_: api.Image, draft: Edit) -> None:
-        for offset, length in ranges:
-            draft.unset_range(bitmap, offset, length)
+    def edit(opened: api.Image, draft: Edit) -> None:
+        draft.unset_ranges(bitmap, _all_ranges(opened, ranges, from_extents, data, where))
 
     return change(image, edit, how)
+
+
+def _read(ranges: list[Range] | None, listed: Path | None, where: Where | None, *, otherwise: bool = False) -> bytes:
+    """The list of extents, whole, before the image is opened: whoever prints it may have the image open until then.
+
+    Raises:
+        UsageError: nothing says what to mark, or `where` is about no list.
+    """
+    if where is not None and listed is None:
+        raise UsageError("--where is about a list of extents", hint="name one with --from-extents")
+    if not ranges and listed is None and not otherwise:
+        raise UsageError("no range is named", hint="use --range OFF+LEN or --from-extents FILE")
+    if listed is None:
+        return b""
+    if listed == _STDIN:
+        return sys.stdin.buffer.read(MAX_LIST_BYTES + 1)
+    with naming(listed), listed.open("rb") as file:
+        return file.read(MAX_LIST_BYTES + 1)
+
+
+def _all_ranges(
+    image: api.Image, ranges: list[Range] | None, listed: Path | None, data: bytes, where: Where | None
+) -> list[tuple[int, int]]:
+    """The ranges of the command line, then those of the list."""
+    found: list[tuple[int, int]] = list(ranges or [])
+    if listed is not None:
+        with naming("the list on stdin" if listed == _STDIN else listed):
+            found += read_extents(data, where=where, size=image.virtual_size)
+    return found

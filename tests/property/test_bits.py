@@ -107,7 +107,7 @@ def test_a_union_changes_neither_side(case: tuple[BitVector, BitVector, BitVecto
 def test_a_union_of_different_shapes_is_refused() -> None:
     vector = BitVector.filled(64, 8)
     for other in (BitVector.filled(63, 8), BitVector.filled(64, 4)):
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="of one shape"):
             vector.union(other)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +56,9 @@ class Model:
 
 
 Models = dict[str, Model]
+EXACT: dict[str, Callable[[frozenset[int], frozenset[int]], frozenset[int]]] = {
+    "or": operator.or_, "and": operator.and_, "xor": operator.xor, "subtract": operator.sub,
+}  # fmt: skip
 Operation = tuple[object, ...]
 
 names = st.sampled_from(NAMES)
@@ -70,6 +75,11 @@ operations = st.one_of(
     st.tuples(st.just("unset"), names, ranges),
     st.tuples(st.just("unset"), st.just("a"), ranges),
     st.tuples(st.just("merge"), names, st.lists(names, min_size=1, max_size=3)),
+    st.tuples(st.just("combine"), names, st.lists(names, min_size=1, max_size=3), st.sampled_from(list(EXACT))),
+    st.tuples(st.just("invert"), names),
+    st.tuples(st.just("resample"), names, granularities),
+    st.tuples(st.just("set many"), names, st.lists(ranges, max_size=4)),
+    st.tuples(st.just("unset many"), names, st.lists(ranges, max_size=4)),
     st.tuples(st.just("copy"), names, names, st.none() | granularities),
     st.tuples(st.just("rename"), names, names),
     st.tuples(st.just("remove"), names),
@@ -109,6 +119,42 @@ def model_merge(models: Models, name: str, sources: list[str]) -> Models:
     return {**models, name: replace(old, bits=old.bits.union(*(models[s].at(old.granularity) for s in sources)))}
 
 
+def model_combine(models: Models, name: str, sources: list[str], op: str) -> Models:
+    """In sectors, of which every granule has a whole number; then the granules that hold one."""
+    exact = functools.reduce(EXACT[op], [models[one].at(512) for one in (name, *sources)])
+    granularity = models[name].granularity
+    return {
+        **models,
+        name: replace(models[name], bits=replace(models[name], granularity=512, bits=exact).at(granularity)),
+    }
+
+
+def model_invert(models: Models, name: str) -> Models:
+    old = models[name]
+    return {**models, name: replace(old, bits=frozenset(range(old.length)) - old.bits)}
+
+
+def model_resample(models: Models, name: str, granularity: int) -> Models:
+    return {**models, name: replace(models[name], granularity=granularity, bits=models[name].at(granularity))}
+
+
+def model_set_many(models: Models, name: str, where: list[tuple[int, int]]) -> Models:
+    models[name]
+    return functools.reduce(lambda changed, one: model_set(changed, name, one), where, models)
+
+
+def model_unset_many(models: Models, name: str, where: list[tuple[int, int]]) -> Models:
+    """What the ranges cover together, so each of the stretches that they make up counts by itself."""
+    models[name]
+    together: list[tuple[int, int]] = []
+    for start, length in sorted(where):
+        if together and start <= sum(together[-1]):
+            together[-1] = together[-1][0], max(sum(together[-1]), start + length) - together[-1][0]
+        else:
+            together.append((start, length))
+    return functools.reduce(lambda changed, one: model_unset(changed, name, one), together, models)
+
+
 def model_copy(models: Models, source: str, name: str, granularity: int | None) -> Models:
     old = models[source]
     wanted = granularity or old.granularity
@@ -145,6 +191,11 @@ MEANING: dict[str, tuple[Callable[..., Models], Callable[..., object]]] = {
     "set": (model_set, lambda e, n, where: e.set_range(n, *where)),
     "unset": (model_unset, lambda e, n, where: e.unset_range(n, *where)),
     "merge": (model_merge, lambda e, n, sources: e.merge(n, sources)),
+    "combine": (model_combine, lambda e, n, sources, op: e.merge(n, sources, op=op)),
+    "invert": (model_invert, lambda e, n: e.invert(n)),
+    "resample": (model_resample, lambda e, n, g: e.resample(n, granularity=g)),
+    "set many": (model_set_many, lambda e, n, where: e.set_ranges(n, where)),
+    "unset many": (model_unset_many, lambda e, n, where: e.unset_ranges(n, where)),
     "copy": (model_copy, lambda e, s, n, g: e.copy(s, n, granularity=g)),
     "rename": (model_rename, lambda e, old, new: e.rename(old, new)),
     "remove": (model_remove, lambda e, n: e.remove(n)),
@@ -214,6 +265,7 @@ def compare(image: Path, models: Models) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(cluster=st.sampled_from(CLUSTERS), bits=st.sampled_from(REFCOUNTS), changes=commits)
 @example(cluster="512", bits=1, changes=[[("add", "b", 512, True, True), ("unset", "b", (1 << 20, 2 << 20))]])
+@example(cluster="512", bits=64, changes=[[("resample", "a", 512)], [("invert", "a")], [("resample", "a", 1 << 20)]])
 @example(cluster="4k", bits=16, changes=[[("set", "a", (0, SIZE)), ("unset", "a", (1, 1 << 20))]])
 @example(cluster="64k", bits=64, changes=[[("remove", "a")], [("add", "b", 512, True, False)], [("remove", "b")]])
 def test_any_edits_in_any_commits_leave_what_the_model_says_and_qemu_finds_no_fault(
@@ -237,6 +289,10 @@ def test_qemu_reads_the_same_bits(templates: dict[tuple[str, int], tuple[Path, M
         ("unset", "b", (4096, 3 << 20)),
         ("copy", "b", "c", 1 << 20),
         ("merge", "a", ["b"]),
+        ("copy", "a", "d", 65536),
+        ("combine", "d", ["b", "a"], "xor"),
+        ("resample", "a", 512),
+        ("combine", "a", ["d"], "subtract"),
         ("set", "c", (SIZE - 1, 1)),
     ]
     for template, start in templates.values():
