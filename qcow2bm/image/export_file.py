@@ -1,0 +1,210 @@
+"""Opening export files: a new one that is there whole or not at all, and one to read, which may come through a pipe.
+
+What is read is needed twice: once from its start to its end, to see that it is whole, and then in parts. What comes
+through a pipe is therefore kept in a nameless temporary file as it is read, and so never grows beyond what was already
+found to be in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from ..errors import ExportFileError, from_os_error
+from ..format.header import MAGIC as QCOW2_MAGIC
+from .undo_writer import sync_folder
+
+_PIECE = 1 << 20
+
+
+class NewFile:
+    """A file in the making. A context manager that gives a stream to write to.
+
+    It is written under another name in the same folder, flushed, and gets its own name at the end; whatever is raised
+    on the way, nothing of it is left.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False, like: bytes = b"") -> None:
+        """Nothing is opened yet.
+
+        Args:
+            force: take the place of a file of that name.
+            like: what such a file starts with, if it is not empty: anything else was named by a slip of the finger.
+
+        Raises:
+            ExportFileError: there is one and `force` is off, or it is nothing that may be replaced.
+        """
+        if path.is_dir():
+            raise ExportFileError(f"{path} is a directory")
+        if os.path.lexists(path):
+            if not force:
+                raise ExportFileError(f"{path} is there already", hint="--force replaces it")
+            _require_replaceable(path, like)
+        self._path = path.resolve()
+        self._force = force
+        self._temporary = self._path.with_name(f".{self._path.name[:200]}.{secrets.token_hex(4)}")
+        self._stream: BinaryIO | None = None
+
+    def __enter__(self) -> BinaryIO:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._stream = os.fdopen(os.open(self._temporary, flags, 0o666), "wb", _PIECE)
+        except OSError as error:
+            raise from_os_error(error, self._path) from error
+        except BaseException:  # a signal just after the file was made
+            self._temporary.unlink(missing_ok=True)
+            raise
+        return self._stream
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._stream is not None
+        try:
+            if isinstance(error, OSError):  # whoever reads an image on the way says so: this is about the file
+                raise error
+            if kind is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+                self._give_name()
+        except OSError as failure:
+            raise from_os_error(failure, self._path) from failure
+        finally:
+            with contextlib.suppress(OSError):  # what is left in its buffer after an error
+                self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _give_name(self) -> None:
+        if self._force:
+            self._temporary.replace(self._path)
+        else:
+            try:
+                os.link(self._temporary, self._path)  # unlike a rename, never over a file that has come meanwhile
+            except FileExistsError:
+                raise ExportFileError(f"{self._path} is there already", hint="--force replaces it") from None
+            except OSError:  # a file system without hard links
+                self._temporary.rename(self._path)
+        sync_folder(self._path)
+
+
+def _require_replaceable(path: Path, like: bytes) -> None:
+    """Refuse to replace a device, a disk image, or any other file that is no export."""
+    if path.exists() and not path.is_file():
+        raise ExportFileError(f"{path} is no regular file", hint="write to - and let the shell do the rest")
+    try:
+        with path.open("rb") as old:
+            start = old.read(max(len(QCOW2_MAGIC), len(like)))
+    except FileNotFoundError:  # a link that leads nowhere
+        return
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    if start.startswith(QCOW2_MAGIC) or (start and not start.startswith(like)):
+        what = "a qcow2 image" if start.startswith(QCOW2_MAGIC) else "something else than an export"
+        raise ExportFileError(f"{path} is {what} and is not replaced", hint="choose another name")
+
+
+class Input:
+    """Bytes to read one after the other, and to read again. A context manager.
+
+    Attributes:
+        name: for messages.
+        at: how many bytes were read.
+    """
+
+    def __init__(self, stream: BinaryIO, name: str, *, spool: BinaryIO | None) -> None:
+        """Use `open` or `of`."""
+        self._stream = stream
+        self._spool = spool
+        self._own = False
+        self.name = name
+        self.at = 0
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a file; a pipe or a device is read as a stream.
+
+        Raises:
+            ImageIOError: it cannot be opened.
+        """
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its other end.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+            os.set_blocking(fd, True)
+            stream = os.fdopen(fd, "rb", _PIECE)
+        except OSError as error:
+            raise from_os_error(error, path) from error
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        found = cls(stream, str(path), spool=None if regular else _spool())
+        found._own = True
+        return found
+
+    @classmethod
+    def of(cls, stream: BinaryIO, name: str = "the export") -> Self:
+        """Read from a stream, which stays open. What is read is kept in a temporary file."""
+        return cls(stream, name, spool=_spool())
+
+    def close(self) -> None:
+        """Close what was opened here."""
+        if self._spool is not None:
+            self._spool.close()
+        if self._own:
+            self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, length: int) -> bytes:
+        """The next `length` bytes, which the caller has bounded; fewer at the end.
+
+        Raises:
+            ImageIOError: the operating system refused.
+        """
+        parts = []
+        try:
+            while length and (part := self._stream.read(length)):
+                parts.append(part)
+                length -= len(part)
+        except OSError as error:
+            raise from_os_error(error, self.name) from error
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if self._spool is not None:
+            try:
+                self._spool.write(data)
+            except OSError as error:
+                raise from_os_error(error, tempfile.gettempdir()) from error
+        self.at += len(data)
+        return data
+
+    def read_rest(self, limit: int) -> bytes:
+        """All that is left, but not more than `limit` bytes and one."""
+        parts: list[bytes] = []
+        while limit >= 0 and (part := self.read(min(limit + 1, _PIECE))):
+            parts.append(part)
+            limit -= len(part)
+        return b"".join(parts)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Bytes that were read before; fewer if the file has become shorter since."""
+        if self._spool is not None:
+            self._spool.flush()
+        source = self._stream if self._spool is None else self._spool
+        try:
+            return os.pread(source.fileno(), length, offset)
+        except OSError as error:
+            raise from_os_error(error, self.name) from error
+
+
+def _spool() -> BinaryIO:
+    try:
+        return tempfile.TemporaryFile(buffering=_PIECE)  # type: ignore[return-value]
+    except OSError as error:
+        raise from_os_error(error, tempfile.gettempdir()) from error
