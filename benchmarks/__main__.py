@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import CASES, IMAGE, Case
+from benchmarks.cases import CASES, IMAGE, OLDER, Case, older
 from benchmarks.measure import CommandFailedError, Comparison, Side, compare
 from benchmarks.report import circumstances, rewrite, row, table
 
@@ -66,6 +66,7 @@ def measure(cases: Iterable[Case], workdir: Path, runs: int | None) -> Iterator[
                 yield case, measure_case(case, original, runs or case.runs)
         finally:
             original.unlink(missing_ok=True)
+            older(original).unlink(missing_ok=True)
 
 
 def measure_case(case: Case, original: Path, runs: int) -> Comparison:
@@ -90,7 +91,8 @@ def our_program() -> list[str]:
 
 def side(program: list[str], commands: Iterable[str], original: Path, copy: Path, *, fresh: bool) -> Side:
     """A program on its own copy of the image."""
-    lines = [[*program, *(str(copy) if word == IMAGE else word for word in line.split())] for line in commands]
+    places = {IMAGE: str(copy), OLDER: str(older(original))}
+    lines = [[*program, *(places.get(word, word) for word in line.split())] for line in commands]
     copy_image(original, copy)
     return Side(lines, (lambda: copy_image(original, copy)) if fresh else lambda: None)
 

@@ -7,6 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from benchmarks.craft import GIB, KIB, MIB, TIB, BitmapSpec, bitmap_image, full_image
+from benchmarks.data import data_image
 from benchmarks.patterns import Scattered
 
 if TYPE_CHECKING:
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IMAGE = "IMAGE"  # stands for the path of a side's own copy
+OLDER = "OLDER"  # stands for the path of a second image that a `craft` leaves beside the first, for both sides
 
 DATABASE = Scattered(0.001)  # nearly every cluster of such a bitmap holds some bits: nothing can be left out
+
+BUSY = Scattered(0.1)  # a database after a busy day: what QEMU does run by run takes it longest
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,17 @@ def large(bitmaps: int) -> Callable[[Path], None]:
         bitmap_image(path, 64 * TIB, [BitmapSpec(f"b{number}", 64 * KIB, DATABASE) for number in range(bitmaps)])
 
     return craft
+
+
+def mixed(path: Path) -> None:
+    """64 TiB with bitmaps of two granularities, called coarse (8 MiB of bits) and fine (128 MiB)."""
+    bitmaps = [BitmapSpec("coarse", MIB, BUSY), BitmapSpec("fine", 64 * KIB, BUSY)]
+    bitmap_image(path, 64 * TIB, bitmaps)
+
+
+def largest(path: Path) -> None:
+    """Two bitmaps of 512 MiB, above which QEMU takes none, called b0 and b1."""
+    bitmap_image(path, 256 * TIB, [BitmapSpec(f"b{number}", 64 * KIB, DATABASE) for number in range(2)])
 
 
 def tiny_full(path: Path) -> None:
@@ -87,6 +102,23 @@ def small_clusters(path: Path) -> None:
 def compressed(path: Path) -> None:
     """Three or four streams in each cluster of the file."""
     full_image(path, 1 * TIB, layout="compressed")
+
+
+def older(path: Path) -> Path:
+    """Where a `craft` leaves a second image."""
+    return path.with_name("older.qcow2")
+
+
+def equal_data(path: Path) -> None:
+    """Two images of 1 GiB of the same random data: all of both has to be read to know."""
+    data_image(path, 1 * GIB)
+    data_image(older(path), 1 * GIB)
+
+
+def equal_streams(path: Path) -> None:
+    """Two images of the same 256 MiB, compressed by zlib to a quarter."""
+    data_image(path, 256 * MIB, compressed=True)
+    data_image(older(path), 256 * MIB, compressed=True)
 
 
 def check(
@@ -165,6 +197,65 @@ CASES = (
         theirs=("bitmap --merge b1 IMAGE b0",),
         fresh_copy=True,
         peak_rss_limit=64 * MIB,
+    ),
+    Case(
+        name="merge-to-coarser",
+        title="`merge`, granularity 64 KiB into 1 MiB, 64 TiB disk, synced",
+        target=0.06,
+        craft=mixed,
+        ours=("merge IMAGE coarse fine",),
+        theirs=("bitmap --merge fine IMAGE coarse",),
+        fresh_copy=True,
+        peak_rss_limit=64 * MIB,
+    ),
+    Case(
+        name="merge-to-finer",
+        title="`merge`, granularity 1 MiB into 64 KiB, 64 TiB disk, synced",
+        target=0.30,
+        craft=mixed,
+        ours=("merge IMAGE fine coarse",),
+        theirs=("bitmap --merge coarse IMAGE fine",),
+        fresh_copy=True,
+        peak_rss_limit=64 * MIB,
+    ),
+    Case(
+        name="resample",
+        title="`resample`, 64 KiB to 1 MiB, 64 TiB disk, synced (beside `qemu-img bitmap --add -g 1M --merge`)",
+        target=0.06,
+        craft=mixed,
+        ours=("resample IMAGE fine -g 1M",),
+        theirs=("bitmap --add -g 1M --merge fine IMAGE new",),
+        fresh_copy=True,
+        peak_rss_limit=64 * MIB,
+    ),
+    Case(
+        name="merge-largest",
+        title="`merge` two bitmaps of 512 MiB, 256 TiB disk, synced",
+        target=0.20,
+        craft=largest,
+        ours=("merge IMAGE b0 b1",),
+        theirs=("bitmap --merge b1 IMAGE b0",),
+        fresh_copy=True,
+        runs=3,
+        peak_rss_limit=64 * MIB,
+    ),
+    Case(
+        name="diff",
+        title="`diff` of 1 GiB of equal data, with the whole bitmap (beside `qemu-img compare`)",
+        target=1.0,
+        craft=equal_data,
+        ours=("diff OLDER IMAGE",),
+        theirs=("compare OLDER IMAGE",),
+        peak_rss_limit=96 * MIB,
+    ),
+    Case(
+        name="diff-compressed",
+        title="`diff` of 256 MiB of equal data, compressed (beside `qemu-img compare`)",
+        target=1.0,
+        craft=equal_streams,
+        ours=("diff OLDER IMAGE",),
+        theirs=("compare OLDER IMAGE",),
+        peak_rss_limit=96 * MIB,
     ),
     check("check-tiny", "tiny image (start-up)", 12, tiny_full, runs=20),
     check("check-tiny-native", "tiny image (start-up)", 15, tiny_full, native=True, runs=20),

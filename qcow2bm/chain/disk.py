@@ -19,11 +19,13 @@ class Disk:
     Attributes:
         layers: the top first.
         size: bytes of the disk.
+        is_shareable: several threads may read its extents, while one asks for them.
     """
 
     def __init__(self, layers: Sequence[Layer], size: int, files: Sequence[ImageFile] = ()) -> None:
         self.layers = tuple(layers)
         self.size = size
+        self.is_shareable = all(layer.is_shareable for layer in self.layers)
         self._files = tuple(files)
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@ same bytes of the same file.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from enum import Enum
@@ -122,7 +123,7 @@ class FileStore:
 
 
 class StreamStore:
-    """Compressed clusters of an image; the last one is kept."""
+    """Compressed clusters of an image; each thread keeps the last one it has read."""
 
     contiguous = False
 
@@ -134,14 +135,15 @@ class StreamStore:
             image.header.compression_type,
             image.geometry.cluster_bits,
         )
-        self._last: tuple[int, bytes] | None = None
+        self._own = threading.local()
 
     def read_into(self, place: int, skip: int, buffer: memoryview) -> None:
         """`place` is the descriptor; raises CorruptImageError for a stream that cannot be read."""
-        if self._last is None or self._last[0] != place:
+        last: tuple[int, bytes] | None = getattr(self._own, "last", None)
+        if last is None or last[0] != place:
             with naming(self.path):
-                self._last = place, self._decompress(place)
-        buffer[:] = self._last[1][skip : skip + len(buffer)]
+                last = self._own.last = place, self._decompress(place)
+        buffer[:] = last[1][skip : skip + len(buffer)]
 
     def _decompress(self, value: int) -> bytes:
         geometry, file = self._image.geometry, self._image.file
@@ -153,10 +155,16 @@ class StreamStore:
 
 
 class Layer(Protocol):
-    """One file of a chain. `size` is in bytes, in whole sectors."""
+    """One file of a chain.
+
+    Attributes:
+        size: in bytes, in whole sectors.
+        is_shareable: several threads may read what its extents name. Of a file with changes over it one may.
+    """
 
     size: int
     path: Path
+    is_shareable: bool
 
     def pieces(self, start: int, stop: int) -> Iterator[Extent]:
         """The extents between two offsets within the layer, in order and without gaps.
@@ -172,6 +180,7 @@ class RawLayer:
     def __init__(self, file: ImageFile) -> None:
         self._store = FileStore(file)
         self.path = file.path
+        self.is_shareable = not isinstance(file, OverlayFile)
         self.size = round_up(file.size, SECTOR)
 
     def pieces(self, start: int, stop: int) -> Iterator[Extent]:
@@ -189,6 +198,7 @@ class Qcow2Layer:
     def __init__(self, image: Qcow2Image, data_file: ImageFile | None = None) -> None:
         self.image = image
         self.path = image.file.path
+        self.is_shareable = not isinstance(image.file, OverlayFile)
         self.size = image.geometry.virtual_size // SECTOR * SECTOR
         self._host = FileStore(data_file if data_file is not None else image.file)
         self._streams = StreamStore(image)

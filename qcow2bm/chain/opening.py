@@ -12,15 +12,26 @@ never opened by the name in the image: its path comes from the user.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import CorruptImageError, ImageIOError, NotQcow2Error, UnsupportedImageError, UsageError, naming
+from ..errors import (
+    BitmapSizeMismatchError,
+    CorruptImageError,
+    ImageIOError,
+    NotQcow2Error,
+    UnsupportedImageError,
+    UsageError,
+    naming,
+)
 from ..format.extensions import ExtensionType
+from ..format.geometry import round_up
 from ..format.header import ENCRYPTION, MAGIC
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image, take_locks
+from ..image.plan import SECTOR
 from .disk import Disk
 from .layers import Layer, Qcow2Layer, RawLayer, file_identity
 
@@ -28,6 +39,9 @@ MAX_DEPTH = 256
 """Files of a chain; libvirt takes 200."""
 
 _FORMATS = ("raw", "qcow2")
+
+_NAMED = "this file"
+"""One that the user names, unlike those that an image does."""
 
 _SIGNATURES = (
     (0, MAGIC, "qcow2"),
@@ -85,6 +99,25 @@ def disk_of(image: Qcow2Image, *, rules: Rules = Rules()) -> Disk:
     return _Opening(rules).disk_of(image)
 
 
+def view_of(image: Qcow2Image, disk: str | os.PathLike[str] | None, *, rules: Rules) -> Disk:
+    """What a guest finds on an image, or the raw view of it that the user has, for want of a key.
+
+    Raises:
+        BitmapSizeMismatchError: the view is of another size.
+        UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: as `open_disk`.
+    """
+    if disk is None:
+        return disk_of(image, rules=rules)
+    view = open_disk(disk, format="raw", rules=rules)
+    size = image.geometry.virtual_size
+    if view.size != round_up(size, SECTOR):
+        view.close()
+        raise BitmapSizeMismatchError(
+            f"it has {view.size} bytes, and the disk of {image.file.path} has {size}", image=Path(disk)
+        )
+    return view
+
+
 class _Opening:
     """A chain as it is being opened."""
 
@@ -97,7 +130,7 @@ class _Opening:
 
     def disk(self, path: Path, said: str | None) -> Disk:
         try:
-            self._add(path, said, "this file")
+            self._add(path, said, _NAMED)
             return self._finished()
         except BaseException:
             self._close()
@@ -157,7 +190,7 @@ class _Opening:
         with naming(path):
             identity = _plain_identity(file)
             if identity in self._held:
-                raise UsageError("it is the very image that is being changed: name a copy from when the bitmap began")
+                raise UsageError("it is the very image that is being changed: name a copy of it from before")
             if identity in self._seen:
                 raise UnsupportedImageError("it comes twice in one chain: the chain is a loop")
             self._seen.add(identity)
@@ -173,10 +206,15 @@ class _Opening:
             found = "dmg"
         if found is None or (found == "qcow2" and self._rules.guess):
             return found or "raw"
+        option = "say so with --format-a, --format-b or --against-format"
         raise UsageError(
             f"nobody says which format {what} has, and it begins like {found}",
-            hint="a guest can write such a beginning to a raw disk; name the format, in an image with "
-            "`qemu-img rebase -u -F FORMAT -b NAME`",
+            hint="a guest can write such a beginning to a raw disk; "
+            + (
+                option
+                if what == _NAMED
+                else "name the format in the image, with `qemu-img rebase -u -F FORMAT -b NAME`"
+            ),
         )
 
     def _add_image(self, image: Qcow2Image) -> None:
@@ -184,8 +222,7 @@ class _Opening:
         if method != "none":
             raise UnsupportedImageError(
                 f"it is encrypted ({method}), so what a guest reads cannot be read here",
-                hint="what needs no guest data works on it; or decrypt copies with `qemu-img convert --object secret,…`"
-                " and compare those",
+                hint=f"what needs no guest data works on it; for the rest take a decrypted copy: `{decrypting(image)}`",
             )
         self._layers.append(Qcow2Layer(image, self._data_file(image)))
 
@@ -197,9 +234,16 @@ class _Opening:
             name = image.extensions.text(ExtensionType.DATA_FILE) or ""
             raise UnsupportedImageError(
                 f"its guest data lies in an external data file, which it calls '{name}'",
-                hint="say where that is: no name in an image is believed for it",
+                hint="say where that is with --data-file: no name in an image is believed for it",
             )
         return self._open(path)
+
+
+def decrypting(image: Qcow2Image) -> str:
+    """The command that makes a decrypted copy of an image's disk: `KEYFILE` holds the passphrase, `COPY` is raw."""
+    name = str(image.file.path).replace(",", ",,")  # as QEMU's options have it
+    options = f"driver=qcow2,file.filename={name},encrypt.key-secret=key"
+    return f"qemu-img convert --object secret,id=key,file=KEYFILE --image-opts {shlex.quote(options)} -O raw COPY"
 
 
 def backing_path(image: Path, name: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +12,9 @@ from .. import api
 from ..bitmap.store import State, require_ready
 from ..errors import CorruptImageError, Qcow2bmError, UsageError, naming
 from ..format.entries import BitmapTableEntry
+from .extent_list import members, print_csv, print_rows, rows
 from .failures import BROKEN_BITMAP
+from .forms import DirtyOnlyOption, ExtentsOption, Form, FormOption
 from .options import BitmapArgument, ForceShareOption, ImageArgument
 from .output import Cell, JsonObject, complain, print_json, print_pairs
 from .reading import bitmap_json, named, reading, state_cell
@@ -24,22 +25,6 @@ _PIPED_CELLS = 64
 _MOST_CELLS = 128
 
 
-class Form(StrEnum):
-    """Forms of the result; csv is for extents only."""
-
-    HUMAN = "human"
-    JSON = "json"
-    CSV = "csv"
-
-
-FormOption = Annotated[Form, typer.Option("--output", help="For reading, or for programs. csv goes with --extents.")]
-ExtentsOption = Annotated[
-    bool,
-    typer.Option("--extents", help="List the ranges of the disk, clean and dirty, in order.", show_default=False),
-]
-DirtyOnlyOption = Annotated[
-    bool, typer.Option("--dirty-only", help="With --extents: leave the clean ranges out.", show_default=False)
-]
 StaleOption = Annotated[
     bool,
     typer.Option(
@@ -167,30 +152,12 @@ def _print_strip(density: list[float], virtual_size: int) -> None:
 
 def _print_extents(image: api.Image, bitmap: api.Bitmap, output: Form, *, dirty_only: bool) -> None:
     """One by one as they are read: there may be millions."""
-    ranges = named(image.path, _ranges(image.virtual_size, bitmap, dirty_only=dirty_only))
+    dirty = ((extent.offset, extent.length) for extent in bitmap.extents(stale=True))
+    listed = named(image.path, rows(dirty, image.virtual_size, dirty_only=dirty_only))
     if output is Form.JSON:
         head = {"image": str(image.path), **bitmap_json(bitmap), "virtual-size": image.virtual_size}
-        members = ({"offset": start, "length": length, "dirty": dirty} for start, length, dirty in ranges)
-        print_json(head, ("extents", members))
-        return
-    if output is Form.CSV:
-        print("offset,length,dirty")
-        for start, length, dirty in ranges:
-            print(f"{start},{length},{'true' if dirty else 'false'}")
-        return
-    digits = max(len(str(image.virtual_size)), len("OFFSET"))
-    print(f"{'OFFSET':>{digits}}  {'LENGTH':>{digits}}  {'SIZE':>10}  DIRTY")
-    for start, length, dirty in ranges:
-        print(f"{start:>{digits}}  {length:>{digits}}  {human_size(length):>10}  {'yes' if dirty else 'no'}")
-
-
-def _ranges(size: int, bitmap: api.Bitmap, *, dirty_only: bool) -> Iterator[tuple[int, int, bool]]:
-    """Offset, length, dirty; together the whole disk, unless only the dirty ones are wanted."""
-    end = 0
-    for extent in bitmap.extents(stale=True):
-        if extent.offset > end and not dirty_only:
-            yield end, extent.offset - end, False
-        yield extent.offset, extent.length, True
-        end = extent.offset + extent.length
-    if end < size and not dirty_only:
-        yield end, size - end, False
+        print_json(head, ("extents", members(listed)))
+    elif output is Form.CSV:
+        print_csv(listed)
+    else:
+        print_rows(listed, image.virtual_size)

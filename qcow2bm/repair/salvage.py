@@ -65,6 +65,7 @@ class Terms:
         base: for REBUILD: the disk as it was when the bitmap began; a raw file or a qcow2 image with its chain.
         base_format: "raw" or "qcow2"; None for what it is by its first bytes, as `open_disk` takes it.
         rules: how BASE and the image's own chain may be opened.
+        disk: for REBUILD: a raw view of the image's own disk, for an image that is encrypted.
         snapshot: for SNAPSHOT: id or name of an internal snapshot taken when the bitmap began, or before.
         snapshot_is_start: it was taken at that very moment, nothing having been written in between.
         layer_is_newer: for ALLOCATED: nothing had been written to this image file when the bitmap began.
@@ -76,6 +77,7 @@ class Terms:
     base: Path | None = None
     base_format: str | None = None
     rules: Rules | None = None
+    disk: Path | None = None
     snapshot: str | None = None
     snapshot_is_start: bool = False
     layer_is_newer: bool = False
@@ -227,19 +229,31 @@ def _why_not_allocated(image: Qcow2Image) -> str:
 
 
 def _rebuilt(image: Qcow2Image, bitmap: StoredBitmap, terms: Terms, progress: Progress) -> _Evidence:
+    bits = changed_since(image, bitmap.granularity, terms, progress=progress)
+    reason = f"marked is what differs from {terms.base}, which by the user's word is the disk as the bitmap began"
+    return _Evidence(bits, Proof.EXACT, reason)
+
+
+def changed_since(
+    image: Qcow2Image, granularity: int, terms: Terms, *, progress: Progress = lambda _done, _total: None
+) -> BitVector:
+    """The granules of an image's disk that differ from the base that the terms name.
+
+    Raises:
+        UsageError: they name none, or the image itself.
+        UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: one of the disks cannot be read.
+    """
     if terms.base is None:
         raise UsageError("a rebuild needs the disk as it was when the bitmap began", hint="name it with --against")
     from ..chain.compare import compare
-    from ..chain.opening import Rules, disk_of, open_disk
+    from ..chain.opening import Rules, open_disk, view_of
 
-    rules = terms.rules if terms.rules is not None else Rules()
+    rules = replace(terms.rules if terms.rules is not None else Rules(), held=(image.file,))
     with (
-        open_disk(terms.base, format=terms.base_format, rules=replace(rules, held=(image.file,))) as old,
-        disk_of(image, rules=rules) as new,
+        open_disk(terms.base, format=terms.base_format, rules=rules) as old,
+        view_of(image, terms.disk, rules=rules) as new,
     ):
-        bits = compare(old, new, bitmap.granularity, chunk_bytes=image.geometry.cluster_size, progress=progress)
-    reason = f"marked is what differs from {terms.base}, which by the user's word is the disk as the bitmap began"
-    return _Evidence(bits, Proof.EXACT, reason)
+        return compare(old, new, granularity, chunk_bytes=image.geometry.cluster_size, progress=progress)
 
 
 def _unlike_snapshot(image: Qcow2Image, bitmap: StoredBitmap, terms: Terms, _progress: Progress) -> _Evidence:

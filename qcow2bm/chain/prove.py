@@ -1,0 +1,279 @@
+"""Does a bitmap tell the truth? Every byte that differs from an older copy must be marked.
+
+A granule that differs and is not marked is missed: a backup by this bitmap would lack it, and nobody would notice. One
+that is marked and does not differ is excess: it is copied in vain, and no more. Excess is normal: QEMU marks what is
+written, even with the same bytes, in whole granules, and what was changed back stays marked.
+
+The older copy must be of the moment the bitmap began, or of a later one at which everything marked by then had been
+copied. A copy from before shows changes that the bitmap was never there for as missed.
+
+What lies past the end of the older copy is compared with zeroes. QEMU leaves the tail of a disk that grew clean, and
+whoever restores makes a disk of the new size, whose tail reads as zeroes.
+
+A sample reads only some granules. Only a granule that the bitmap calls clean can be missed, and of these only one that
+is not known to be equal from the mapping of both disks: zero in both, or the same bytes of one file. These suspects
+are counted, put in order and cut into as many equal parts as granules may be read; of each part one is drawn. If at
+least `m` of the suspects were missed, a part of `s` of them holds a share of these, and the chance that no draw hits
+any is at most ``(1 - m / (n * s)) ** n``, whatever their place: a product is largest where its factors are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..bitmap.algebra import joined
+from ..bitmap.bits import BitVector
+from ..bitmap.chunks import Op
+from ..bitmap.store import BitmapDirectory
+from ..errors import UsageError, naming
+from ..format.geometry import div_up
+from ..image.image import Qcow2Image
+from .compare import Progress, differing, pairs
+from .diff import Range, range_bytes, ranges
+from .disk import Disk
+from .marks import Marks
+from .opening import Rules, open_disk, view_of
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Which granules were compared, of those that could have been missed.
+
+    Attributes:
+        seed: draws the same granules again, of the same disks and bitmap.
+        suspects: granules that the bitmap calls clean, and that must be read to know whether they are.
+        compared: how many of them were.
+    """
+
+    seed: int
+    suspects: int
+    compared: int
+
+    @property
+    def is_complete(self) -> bool:
+        """True if none was left out: then nothing was left to chance."""
+        return self.compared == self.suspects
+
+    def chance_to_find(self, missed: int) -> float:
+        """The least chance that one of so many missed granules would have been among those compared."""
+        if missed <= 0:
+            return 0.0
+        if self.is_complete:
+            return 1.0
+        share = missed / (self.compared * div_up(self.suspects, self.compared)) if self.compared else 0.0
+        return 1 - (1 - min(share, 1.0)) ** self.compared
+
+    def would_be_found(self, chance: float) -> int | None:
+        """So many missed granules, or more, would have been found with at least this chance; None for no number."""
+        if self.is_complete:
+            return 1
+        if not self.compared:
+            return None
+        share = 1 - (1 - chance) ** (1 / self.compared)
+        number = max(1, math.ceil(share * self.compared * div_up(self.suspects, self.compared)))
+        return number if number <= self.suspects else None
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How a bitmap compares with what has changed. Sizes in bytes, `missed` and `excess` in granules of the bitmap.
+
+    Attributes:
+        missed: granules that differ and are not marked; of a sample those that were found.
+        excess: granules that are marked and do not differ; None if only a sample was compared.
+        changed: granules that differ; None as `excess`.
+        sample: None if everything was compared.
+    """
+
+    image: Path
+    bitmap: str
+    against: Path
+    virtual_size: int
+    against_size: int
+    granularity: int
+    recording: bool
+    missed: BitVector
+    excess: BitVector | None
+    changed: BitVector | None
+    sample: Sample | None = None
+
+    @property
+    def is_covered(self) -> bool:
+        """True if nothing was found that the bitmap misses."""
+        return not self.missed_bytes
+
+    @property
+    def missed_bytes(self) -> int:
+        """Bytes of the granules missed."""
+        return range_bytes(self.missed, self.granularity, self.virtual_size)
+
+    @property
+    def excess_bytes(self) -> int | None:
+        """Bytes of the granules marked in vain."""
+        return None if self.excess is None else range_bytes(self.excess, self.granularity, self.virtual_size)
+
+    @property
+    def changed_bytes(self) -> int | None:
+        """Bytes of the granules that differ."""
+        return None if self.changed is None else range_bytes(self.changed, self.granularity, self.virtual_size)
+
+    def missed_ranges(self) -> Iterator[Range]:
+        """The ranges missed (offset, length), in order and apart."""
+        return ranges(self.missed, self.granularity, self.virtual_size)
+
+    def excess_ranges(self) -> Iterator[Range]:
+        """The ranges marked in vain; none of a sample."""
+        return iter(()) if self.excess is None else ranges(self.excess, self.granularity, self.virtual_size)
+
+
+def prove(
+    image: str | os.PathLike[str],
+    bitmap: str,
+    against: str | os.PathLike[str],
+    *,
+    against_format: str | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    data_files: Mapping[Path, Path] | None = None,
+    sample: int | None = None,
+    seed: int | None = None,
+    use_locks: bool = True,
+    progress: Progress = lambda _done, _total: None,
+) -> Coverage:
+    """Compare what a bitmap marks with what has changed since an older copy. Nothing is written.
+
+    Args:
+        against: the disk as it was when the bitmap began; a raw file or device, or a qcow2 image with its chain.
+        against_format: "raw" or "qcow2"; None for raw, unless the file begins like something else.
+        disk: a raw view of the image's own disk, for one that is encrypted.
+        data_files: the external data file of each image that has one.
+        sample: compare at most so many bytes, and say what chance that leaves; None for all.
+        seed: of the sample; None for a new one.
+        use_locks: False takes no locks.
+        progress: called with bytes of the disk done, and in all.
+
+    Raises:
+        BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: there are no bits to be relied on.
+        UsageError: the sample holds no granule, `against` is the image itself, or a format must be named.
+        BitmapSizeMismatchError: `disk` is of another size than the image's.
+        UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: as `qcow2bm.open`, of any file.
+    """
+    rules = Rules(data_files=data_files or {}, use_locks=use_locks)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Qcow2Image.open(image, use_locks=use_locks))
+        with naming(opened.file.path):
+            stored = BitmapDirectory(opened).find(bitmap)
+            bits = stored.readable_bits()
+        require_other(opened.file.path, Path(against))
+        old = stack.enter_context(open_disk(against, format=against_format, rules=rules))
+        new = stack.enter_context(view_of(opened, disk, rules=rules))
+        facts = (
+            opened.file.path, bitmap, Path(against), opened.geometry.virtual_size, old.size, stored.granularity,
+            stored.recording,
+        )  # fmt: skip
+        case = _Case(old, new, bits, stored.granularity)
+        if sample is None:
+            return Coverage(*facts, *_in_full(case, progress))
+        missed, drawn = _in_part(case, sample, seed, progress)
+        return Coverage(*facts, missed, None, None, drawn)
+
+
+def require_other(image: Path, against: Path) -> None:
+    """Raise UsageError if the older copy is the image itself: nothing differs from itself, and that proves nothing."""
+    with contextlib.suppress(OSError):
+        if image.samefile(against):
+            raise UsageError("it is the image itself: name a copy from when the bitmap began", image=against)
+
+
+# In full
+
+
+class _Case(NamedTuple):
+    """What is to be proved: that `bits` mark what differs between two disks."""
+
+    old: Disk
+    new: Disk
+    bits: BitVector
+    granularity: int
+
+    def marks(self) -> Marks:
+        """Bits of the same shape, none of them set."""
+        return Marks(self.new.size, self.granularity, self.bits.chunk_bytes)
+
+
+def _in_full(case: _Case, progress: Progress) -> tuple[BitVector, BitVector, BitVector]:
+    """What is missed, what is excess, what has changed."""
+    marks, bits = case.marks(), case.bits
+    with contextlib.closing(differing(case.old, case.new, case.granularity, zero_tail=True, progress=progress)) as runs:
+        for first, stop in runs:
+            marks.mark(first, stop)
+    changed = marks.vector()
+    return _held(changed.combined(Op.SUBTRACT, bits)), _held(bits.combined(Op.SUBTRACT, changed)), changed
+
+
+def _held(bits: BitVector) -> BitVector:
+    """The same bits in memory: a result outlives the open image."""
+    marks = Marks(bits.length, 1, bits.chunk_bytes)
+    for first, stop in bits.runs():
+        marks.mark(first, stop)
+    return marks.vector()
+
+
+# In part
+
+
+def _in_part(case: _Case, limit: int, seed: int | None, progress: Progress) -> tuple[BitVector, Sample]:
+    """What a sample of at most `limit` bytes finds missed, and which it was."""
+    granularity = case.granularity
+    if limit < granularity:
+        raise UsageError(f"a sample of {limit} bytes holds no granule of {granularity} bytes")
+    suspects = _suspects(case)
+    total = suspects.count()
+    count = min(limit // granularity, total)
+    number = secrets.randbits(32) if seed is None else seed
+    drawn = _drawn(total, count, random.Random(number))  # noqa: S311 - chosen to be fair, not to be secret
+    marks = case.marks()
+    done = 0
+    for first, stop in joined((granule, granule + 1) for granule in _nth_set(suspects, drawn)):
+        start, end = first * granularity, stop * granularity
+        with contextlib.closing(
+            differing(case.old, case.new, granularity, start=start, stop=end, zero_tail=True)
+        ) as runs:
+            for run in runs:
+                marks.mark(*run)
+        done += stop - first
+        progress(done * granularity, count * granularity)
+    return marks.vector(), Sample(number, total, count)
+
+
+def _suspects(case: _Case) -> BitVector:
+    """Granules that the bitmap calls clean and that must be read to know it."""
+    marks = case.marks()
+    for left, right in pairs(case.old, case.new, zero_tail=True):
+        if not left.is_stored_as(right):
+            marks.mark_bytes(right.offset, right.end)
+    return marks.vector().combined(Op.SUBTRACT, case.bits)
+
+
+def _drawn(total: int, count: int, chance: random.Random) -> Iterator[int]:
+    """One number out of each of `count` equal parts of 0 to `total`, in order."""
+    for part in range(count):
+        yield chance.randrange(part * total // count, (part + 1) * total // count)
+
+
+def _nth_set(bits: BitVector, wanted: Iterable[int]) -> Iterator[int]:
+    """The places of set bits, which are asked for by number: from 0, in order."""
+    runs = bits.runs()
+    before, first, stop = 0, 0, 0
+    for number in wanted:
+        while number >= before + stop - first:
+            before += stop - first
+            first, stop = next(runs)
+        yield first + number - before
