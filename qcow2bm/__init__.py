@@ -12,9 +12,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import errors
-    from .api import Bitmap, Bitmaps, Extent, Image, open, undo, who_holds  # noqa: A004 - the public name
+    from .api import Bitmap, Bitmaps, Extent, Image, export_bitmaps, open, plan_resize, undo, who_holds  # noqa: A004 - the public name
     from .bitmap.edit import Edit, Source
+    from .bitmap.extents import read_extents
+    from .bitmap.sidecar_import import ImportPolicy, import_bitmaps
+    from .bitmap.sidecar_model import Export, ExportedBitmap
+    from .bitmap.sidecar_reader import read_export
     from .bitmap.store import State
+    from .chain.diff import Difference, diff
+    from .chain.estimate import Estimate, estimate
+    from .chain.prove import Coverage, prove
     from .checks.model import Finding, Report
     from .checks.runner import check
     from .errors import Qcow2bmError
@@ -30,12 +37,26 @@ _HOME = {
     "Extent": "api",
     "Edit": "bitmap.edit",
     "Source": "bitmap.edit",
+    "read_extents": "bitmap.extents",
     "State": "bitmap.store",
+    "export_bitmaps": "api",
+    "read_export": "bitmap.sidecar_reader",
+    "Export": "bitmap.sidecar_model",
+    "ExportedBitmap": "bitmap.sidecar_model",
+    "import_bitmaps": "bitmap.sidecar_import",
+    "ImportPolicy": "bitmap.sidecar_import",
     "Plan": "image.plan",
+    "diff": "chain.diff",
+    "Difference": "chain.diff",
+    "prove": "chain.prove",
+    "Coverage": "chain.prove",
+    "estimate": "chain.estimate",
+    "Estimate": "chain.estimate",
     "check": "checks.runner",
     "Finding": "checks.model",
     "Report": "checks.model",
     "plan_repair": "repair.session",
+    "plan_resize": "api",
     "repairing": "repair.session",
     "RepairPlan": "repair.model",
     "RepairPolicy": "repair.model",
@@ -47,10 +68,16 @@ _HOME = {
 __all__ = [
     "Bitmap",
     "Bitmaps",
+    "Coverage",
+    "Difference",
     "Edit",
+    "Estimate",
+    "Export",
+    "ExportedBitmap",
     "Extent",
     "Finding",
     "Image",
+    "ImportPolicy",
     "Plan",
     "Qcow2bmError",
     "RepairPlan",
@@ -59,9 +86,17 @@ __all__ = [
     "Source",
     "State",
     "check",
+    "diff",
     "errors",
+    "estimate",
+    "export_bitmaps",
+    "import_bitmaps",
     "open",
     "plan_repair",
+    "plan_resize",
+    "prove",
+    "read_export",
+    "read_extents",
     "repairing",
     "undo",
     "who_holds",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from .bitmap.store import BitmapDirectory, State, StoredBitmap
 from .errors import Qcow2bmError, naming
@@ -235,6 +235,22 @@ class Image:
         with naming(self.path):
             yield from runs(self.qcow2)
 
+    def allocated(self, granularity: int) -> Source:
+        """What the image itself holds and not its backing chain: data, compressed, zeroes. A source for `Edit.merge`.
+
+        Raises:
+            UsageError: the granularity is none that QEMU takes.
+            CorruptImageError: a mapping table cannot be read.
+            BitmapLimitError: there would be more bits than a bitmap may have.
+        """
+        from .bitmap.edit import Source, require_granularity
+        from .repair.evidence import allocated
+
+        require_granularity(granularity)
+        with naming(self.path):
+            bits = allocated(self.qcow2, granularity)
+        return Source(f"the allocation of {self.path}", self.virtual_size, granularity, bits)
+
     def usage(self) -> dict[Kind, int]:
         """Bytes of the file per kind of cluster.
 
@@ -314,6 +330,33 @@ def open(  # noqa: A001 - `qcow2bm.open` is the name users look for
     )
 
 
+def plan_resize(
+    image: Image,
+    size: int,
+    *,
+    shrink: bool = False,
+    dirty_tail: bool | None = None,
+    data_file: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """Plan another virtual size for an image, with every bitmap following; `Image.commit` carries it out.
+
+    With the size that the disk has, bitmaps that do not fit it are made to.
+
+    Args:
+        size: bytes, a multiple of 512.
+        shrink: the end of the disk may be lost.
+        dirty_tail: what bitmaps say of new bytes; None for clean, but dirty in bitmaps that had been left behind.
+        data_file: where the external data file is, for an image that has one.
+
+    Raises:
+        Qcow2bmError: see `qcow2bm.resize.planning.plan_resize`; nothing was written.
+    """
+    from .resize import planning
+
+    with naming(image.path):
+        return planning.plan_resize(image.qcow2, size, shrink=shrink, dirty_tail=dirty_tail, data_file=data_file)
+
+
 def undo(
     path: str | os.PathLike[str], undo_file: str | os.PathLike[str], *, force: bool = False, use_locks: bool = True
 ) -> None:
@@ -380,6 +423,24 @@ def why_not_undone(path: str | os.PathLike[str], held: Quarantine) -> str | None
     finally:
         file.close()
     return None
+
+
+def export_bitmaps(image: Image, names: Iterable[str], stream: BinaryIO, *, stale: bool = False) -> None:
+    """Write bitmaps into a stream as an export file, which `read_export` reads. The image must not change meanwhile.
+
+    Args:
+        names: of the bitmaps; all that can be exported if there are none.
+        stale: also those whose bits may lack writes, marked as such.
+
+    Raises:
+        BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: one cannot be exported.
+        CorruptImageError: a mapping table or the data of a bitmap cannot be read.
+    """
+    from .bitmap.sidecar import choose, export_to
+
+    with naming(image.path):
+        chosen = choose(image.qcow2, names, stale=stale)
+    export_to(stream, image.qcow2, chosen)
 
 
 def who_holds(path: str | os.PathLike[str]) -> list[str]:

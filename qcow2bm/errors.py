@@ -18,6 +18,8 @@ The tree (exit status in brackets)::
     ├── ImageIOError                  [1]  the operating system refused a read or a write
     │   └── FlushError                [1]  what reached the disk is unknown
     ├── UndoError                     [1]  an undo file cannot be used on this image
+    ├── ExportFileError               [1]  an export file cannot be read or written
+    ├── LineageError                  [1]  exported bitmaps are not of the disk as it is
     └── BitmapError                   [1]  a bitmap refuses the operation
         ├── BitmapNotFoundError       [1]
         ├── BitmapExistsError         [1]
@@ -146,6 +148,14 @@ class FlushError(ImageIOError):
 
 class UndoError(Qcow2bmError):
     """An undo file is damaged, belongs to another image, or the image has changed since it was written."""
+
+
+class ExportFileError(Qcow2bmError):
+    """An export file is damaged, cut short, of a version that is not known, or in the way."""
+
+
+class LineageError(Qcow2bmError):
+    """Exported bitmaps are those of another image, or of this one before it was written to."""
 
 
 class BitmapError(Qcow2bmError):

@@ -9,7 +9,7 @@ stays valid until the header points elsewhere.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import (
@@ -34,8 +34,9 @@ from ..format.limits import (
 from ..format.text import decode_name, encode_name
 from ..image.image import Qcow2Image
 from ..image.plan import Plan
+from .algebra import Grained, combine, covering, marking, regrained
 from .bits import BitVector
-from .chunks import ONES, ZEROES
+from .chunks import ONES, ZEROES, Op
 from .store import BitmapDirectory, State, StoredBitmap, not_found, require_ready
 from .write import plan_changes
 
@@ -200,6 +201,28 @@ class Edit:
             draft.bits = BitVector.filled(bits.length, bits.chunk_bytes)
             self._note(f"clear '{name}'")
 
+    def invert(self, *names: str) -> None:
+        """Make dirty what is clean, and clean what is dirty."""
+        for name in names:
+            draft = self._usable(name)
+            draft.bits = draft.current_bits().inverted()
+            self._note(f"invert '{name}'")
+
+    def resample(self, *names: str, granularity: int) -> None:
+        """Give bitmaps another granularity. They keep name, flags and place, and no dirty byte is lost.
+
+        Raises:
+            UsageError: the granularity is none that QEMU takes.
+            BitmapLimitError: a bitmap of that granularity would be larger than any that QEMU takes.
+        """
+        require_granularity(granularity)
+        self._require_fitting(granularity)
+        for name in names:
+            draft = self._usable(name)
+            draft.bits = self._converted(self._source(name), granularity)
+            self._note(f"resample '{name}' from granularity {draft.granularity} to {granularity}")
+            draft.granularity_bits = granularity.bit_length() - 1
+
     def enable(self, *names: str) -> None:
         """Make QEMU record writes in the bitmaps."""
         self._set_recording(names, recording=True)
@@ -240,20 +263,46 @@ class Edit:
         draft.bits = draft.current_bits().with_range(first, max(first, stop), value=False)
         self._note(f"unset {offset}+{length} in '{name}'")
 
-    def merge(self, target: str, sources: Iterable[str | Source]) -> None:
-        """OR other bitmaps into one, whatever their granularities.
+    def set_ranges(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Mark many guest ranges (offset, length) dirty in one pass, as `set_range` does one."""
+        runs = self._require_ranges(ranges)
+        draft = self._usable(name)
+        marks = marking(runs, draft.granularity, self.image.geometry)
+        draft.bits = draft.current_bits().combined(Op.OR, marks)
+        self._note(f"set {_count(runs)} in '{name}'")
 
-        A dirty byte of a source is dirty in the target, always.
+    def unset_ranges(self, name: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Mark many guest ranges (offset, length) clean in one pass: bits that lie wholly inside them together."""
+        runs = self._require_ranges(ranges)
+        draft = self._usable(name)
+        marks = covering(runs, draft.granularity, self.image.geometry)
+        draft.bits = draft.current_bits().combined(Op.SUBTRACT, marks)
+        self._note(f"unset {_count(runs)} in '{name}'")
+
+    def merge(self, target: str, sources: Iterable[str | Source], *, op: Op | str = Op.OR) -> None:
+        """Combine other bitmaps with one, from left to right, whatever their granularities.
+
+        Each bitmap stands for the bytes of its dirty granules. The target holds the result, rounded out to its own
+        granules: a byte that is dirty in the exact result is dirty in the target, always.
+
+        Args:
+            op: "or", "and", "xor", or "subtract" for what is in the target and in none of the sources.
 
         Raises:
+            UsageError: there is no such operation.
             BitmapSizeMismatchError: a source describes a disk of another size.
             BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: target or source cannot be used.
         """
+        chosen_op = _operation(op)
         draft = self._usable(target)
         chosen = [self._source(source) for source in sources]
-        bits = draft.current_bits()
-        draft.bits = bits.union(*(self._converted(source, draft.granularity) for source in chosen))
-        self._note(f"merge {', '.join(repr(source.label) for source in chosen)} into '{target}'")
+        for source in chosen:
+            self._require_same_disk(source)
+        own = Grained(draft.current_bits(), draft.granularity)
+        theirs = [Grained(source.bits, source.granularity) for source in chosen]
+        draft.bits = combine(chosen_op, own, theirs, self.image.geometry)
+        how = "" if chosen_op is Op.OR else f" by '{chosen_op}'"
+        self._note(f"merge {', '.join(repr(source.label) for source in chosen)} into '{target}'{how}")
 
     def copy(self, source: str | Source, name: str, *, granularity: int | None = None) -> None:
         """A new bitmap with the bits and the recording flag of another, if wanted at another granularity.
@@ -300,6 +349,17 @@ class Edit:
             self.drafts[place] = new
         self._note(f"salvage '{name}'")
 
+    def replace_bits(self, name: str, bits: BitVector) -> None:
+        """Give a bitmap in good order other bits, at its granularity and in chunks of the image's cluster size.
+
+        Raises BitmapNotFoundError, BitmapInconsistentError or BitmapBrokenError if it cannot be used.
+        """
+        draft, geometry = self._usable(name), self.image.geometry
+        if (bits.length, bits.chunk_bytes) != (geometry.bitmap_bits(draft.granularity), geometry.cluster_size):
+            raise ValueError("these bits are not in the shape of that bitmap")
+        draft.bits = bits
+        self._note(f"replace the bits of '{name}'")
+
     # The plan
 
     def plan(self) -> Plan:
@@ -307,6 +367,7 @@ class Edit:
 
         Raises:
             BitmapInconsistentError: some detached bitmaps have other bits now, and some would count with stale ones.
+            UsageError: hundreds of operations of different kinds are stacked on one bitmap.
             ProofError, CorruptImageError: the image is not what the plan would rely on.
             NoSpaceError: a block device or the first cluster is too small.
             BitmapLimitError: the directory would be too large.
@@ -317,7 +378,11 @@ class Edit:
                 "its bitmaps are detached, and not all of them have been salvaged",
                 hint="salvage the others too, or remove them",
             )
-        return plan_changes(self.image, self.directory, self.drafts, tuple(self.summary))
+        try:
+            return plan_changes(self.image, self.directory, self.drafts, tuple(self.summary))
+        except RecursionError:  # bits are made of bits that are made of bits
+            text = "these are too many operations on one bitmap for one change"
+            raise UsageError(text, hint="commit some of them first") from None
 
     # Helpers
 
@@ -351,18 +416,24 @@ class Edit:
 
     def _converted(self, source: Source, granularity: int) -> BitVector:
         """A source's bits in the shape of a bitmap of this image."""
-        geometry = self.image.geometry
-        if source.virtual_size != geometry.virtual_size:
+        self._require_same_disk(source)
+        return regrained(Grained(source.bits, source.granularity), granularity, self.image.geometry)
+
+    def _require_same_disk(self, source: Source) -> None:
+        size = self.image.geometry.virtual_size
+        if source.virtual_size != size:
             raise BitmapSizeMismatchError(
-                f"the disk has {geometry.virtual_size} bytes, that of '{source.label}' has {source.virtual_size}",
+                f"the disk has {size} bytes, that of '{source.label}' has {source.virtual_size}",
                 hint="only bitmaps of disks of the same size can be combined",
             )
-        return source.bits.resampled(
-            geometry.bitmap_bits(granularity),
-            geometry.cluster_size,
-            refine=max(1, source.granularity // granularity),
-            coarsen=max(1, granularity // source.granularity),
-        )
+
+    def _require_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The ranges (offset, length) as (start, end)."""
+        runs: list[tuple[int, int]] = []
+        for offset, length in ranges:
+            self._require_range(offset, length)
+            runs.append((offset, offset + length))
+        return runs
 
     def _require_range(self, offset: int, length: int) -> None:
         size = self.image.geometry.virtual_size
@@ -377,19 +448,40 @@ class Edit:
             raise UsageError(f"a bitmap's name has 1 to {MAX_BITMAP_NAME} bytes, this one has {len(raw)}")
         if b"\0" in raw:
             raise UsageError("a bitmap's name cannot hold a zero byte")
-        bits = granularity.bit_length() - 1
-        if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
-            raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
+        require_granularity(granularity)
         if any(draft.name == raw for draft in self.drafts):
             raise BitmapExistsError(f"there is a bitmap called '{name}' already")
         if any(draft.stored is not None and draft.stored.state is State.DETACHED for draft in self.drafts):
             raise BitmapInconsistentError(
                 "its bitmaps are detached: a program that knows no bitmaps wrote to the image", hint="remove them first"
             )
+        self._require_fitting(granularity)
+        if not self.image.geometry.virtual_size:
+            raise BitmapLimitError("a disk of 0 bytes cannot have a bitmap")
+
+    def _require_fitting(self, granularity: int) -> None:
         size = self.image.geometry.bitmap_bytes(granularity)
         if size > MAX_BITMAP_BYTES:
             raise BitmapLimitError(
                 f"the bitmap would have {size} bytes, above {MAX_BITMAP_BYTES}", hint="choose a larger granularity"
             )
-        if not self.image.geometry.virtual_size:
-            raise BitmapLimitError("a disk of 0 bytes cannot have a bitmap")
+
+
+def require_granularity(granularity: int) -> None:
+    """Raise UsageError unless QEMU takes bitmaps of that granularity."""
+    bits = granularity.bit_length() - 1
+    if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
+        raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
+
+
+def _operation(op: Op | str) -> Op:
+    try:
+        return Op(op)
+    except ValueError:
+        raise UsageError(f"no operation is called '{op}'", hint=f"there are {', '.join(Op)}") from None
+
+
+def _count(runs: Sequence[tuple[int, int]]) -> str:
+    if len(runs) == 1:
+        return f"{runs[0][0]}+{runs[0][1] - runs[0][0]}"
+    return f"{len(runs)} ranges of {sum(end - start for start, end in runs)} bytes"

@@ -63,12 +63,41 @@ def plan_changes(
     return writer.change.plan(switch, directory.references(), summary)
 
 
+def replace_directory(
+    change: Change, directory: BitmapDirectory, wanted: Sequence[Wanted], *, limit: int | None = None
+) -> tuple[int, BitmapsExtension] | None:
+    """Put the wanted bitmaps, which are as many as before, into a change that needs more than them.
+
+    Args:
+        limit: nothing stays that lies at this host offset or behind it.
+
+    Returns:
+        Where the header has the pointer to their directory, and what it shall be; None if nothing changes.
+
+    Raises:
+        ProofError, NoSpaceError, BitmapLimitError: as `plan_changes`.
+    """
+    writer = _Writer(change, directory, limit)
+    entries = [writer.entry(bitmap) for bitmap in wanted]
+    assert directory.extension is not None
+    assert directory.pointer is not None
+    may_stay = not writer.must_move(directory.pointer.bitmap_directory_offset)
+    if entries == [stored.entry for stored in directory.bitmaps] and may_stay:
+        return None
+    return directory.extension.data_offset, writer.renewed_directory(entries)
+
+
 @dataclass(frozen=True, slots=True)
 class _Writer:
     """Puts tables, data and directory into a change."""
 
     change: Change
     directory: BitmapDirectory
+    limit: int | None = None
+
+    def must_move(self, offset: int) -> bool:
+        """True if what lies at `offset` must not stay there."""
+        return self.limit is not None and offset >= self.limit
 
     # Tables and data
 
@@ -82,36 +111,70 @@ class _Writer:
         )
         if (bitmap.name, bitmap.flags) != (entry.name, entry.flags):
             entry = replace(entry, name=bitmap.name, flags=bitmap.flags, padding=b"")
-        if bitmap.bits is None or (stored is not None and bitmap.bits is stored.bits):
+        if stored is not None and bitmap.granularity_bits != entry.granularity_bits:
+            # At another granularity no chunk is what it was: everything is new, but for the entry's place.
+            self.free_bitmap(stored)
+            entry, stored = replace(entry, granularity_bits=bitmap.granularity_bits), None
+        if bitmap.bits is None:
             return entry
-        table = self._table(bitmap.bits, stored, decode_name(bitmap.name))
+        old_bits = self._reusable_bits(stored)
+        if bitmap.bits is old_bits:
+            return entry
+        table = self._table(bitmap.bits, old_bits, stored, decode_name(bitmap.name))
         if stored is not None:
-            if table == stored.table:
+            if table == stored.table and not self.must_move(stored.entry.bitmap_table_offset):
                 return entry
             self.change.free(stored.entry.bitmap_table_offset, 8 * len(stored.table))
         offset = self.change.put(table_bytes(table), f"table of bitmap '{decode_name(bitmap.name)}'")
         return replace(entry, bitmap_table_offset=offset, bitmap_table_size=len(table))
 
-    def _table(self, bits: BitVector, stored: StoredBitmap | None, name: str) -> array[int]:
+    def _reusable_bits(self, stored: StoredBitmap | None) -> BitVector | None:
+        """The stored bits whose clusters the new table may go on with: those of a table that fits the disk.
+
+        Of one that does not fit nobody knows what has been done to it: all of it is written anew, and what it had is
+        given back, which is proved.
+        """
+        if stored is None:
+            return None
+        fitting = self.change.image.geometry.bitmap_table_entries(stored.granularity)
+        return stored.bits if len(stored.table) == fitting else None
+
+    def _table(self, bits: BitVector, old_bits: BitVector | None, stored: StoredBitmap | None, name: str) -> array[int]:
         """A bitmap's new table.
 
         Unchanged chunks keep their clusters, new ones get free clusters, replaced ones are given back.
         """
-        old_bits = stored.bits if stored is not None else None
-        table = array("Q", stored.table) if stored is not None else array("Q", bytes(8 * len(bits.chunks)))
+        old_table = stored.table if stored is not None else array("Q")
+        table = array("Q", bytes(8 * len(bits.chunks)))
         cluster_size = self.change.image.geometry.cluster_size
-        for index, old in enumerate(table):
-            chunk = bits.settle(index, old_bits)
-            if old_bits is not None and chunk is old_bits.chunks[index]:
-                continue
-            if chunk is ZEROES or chunk is ONES:
-                table[index] = ALL_ONES if chunk is ONES else 0
-            else:
-                make = partial(_chunk_bytes, bits, index)
-                table[index] = self.change.put_cluster(make, f"data of bitmap '{name}', chunk {index}")
+        for index in range(max(len(table), len(old_table))):
+            old = old_table[index] if index < len(old_table) else 0
+            if index < len(table):
+                table[index] = self._entry_of(bits, old_bits, index, old, name)
+                if table[index] == old:
+                    continue
             if BitmapTableEntry(old).offset:
                 self.change.free(BitmapTableEntry(old).offset, cluster_size)
         return table
+
+    def _entry_of(self, bits: BitVector, old_bits: BitVector | None, index: int, old: int, name: str) -> int:
+        """What the new table says of a chunk, `old` being what the old one did."""
+        if self.must_move(BitmapTableEntry(old).offset):
+            old_bits = None
+        same_shape = old_bits is None or old_bits.length == bits.length
+        if old_bits is not None and index < len(old_bits.chunks):
+            stored = old_bits.chunks[index]
+            if bits.chunks[index] is stored and bits.valid_bits(index) == old_bits.valid_bits(index):
+                return old
+            # Where the disk ends elsewhere a cluster can stay if all of it is right: its old tail may be none now.
+            if not same_shape and bits.read(index) == stored.read(0, bits.chunk_bytes):
+                return old
+        chunk = bits.settle(index, old_bits if same_shape else None)
+        if same_shape and old_bits is not None and chunk is old_bits.chunks[index]:
+            return old
+        if chunk is ZEROES or chunk is ONES:
+            return ALL_ONES if chunk is ONES else 0
+        return self.change.put_cluster(partial(_chunk_bytes, bits, index), f"data of bitmap '{name}', chunk {index}")
 
     def free_bitmap(self, stored: StoredBitmap) -> None:
         """Give back everything of a removed bitmap.
@@ -156,6 +219,14 @@ class _Writer:
             return partial(header_area.detach, extension=extension)
         new = self._new_directory(entries, directory)
         return partial(header_area.switch, extension=extension, pointer=new, attach=attach)
+
+    def renewed_directory(self, entries: list[BitmapEntry]) -> BitmapsExtension:
+        """A directory of its own for the entries; the old one is given back."""
+        pointer = self.directory.pointer
+        assert pointer is not None
+        directory = b"".join(entry.build() for entry in entries)
+        self.change.free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
+        return self._new_directory(entries, directory)
 
     def _new_directory(self, entries: list[BitmapEntry], directory: bytes) -> BitmapsExtension:
         return BitmapsExtension(len(entries), len(directory), self.change.put(directory, "bitmap directory"))

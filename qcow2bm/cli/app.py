@@ -34,9 +34,11 @@ class _Command(TyperCommand):
 
     def __init__(self, *args: Any, **settings: Any) -> None:  # noqa: ANN401 - handed on as they are
         super().__init__(*args, **settings)
+        own = {word for param in self.params for word in param.opts}
         self.params.append(
             TyperOption(
-                param_decls=["-f", "--format"],
+                # `export` and `import` have a --format of another file; -f is the image's everywhere.
+                param_decls=["-f"] if "--format" in own else ["-f", "--format"],
                 metavar="FORMAT",
                 help="The image's format: qcow2, and nothing else is ever guessed.",
                 callback=_only_qcow2,
@@ -54,11 +56,15 @@ def _only_qcow2(_: object, __: object, value: str | None) -> None:
 
 
 class Command(NamedTuple):
-    """Where a command's function is, and the section of the help it belongs to."""
+    """Where a command's function is, and the section of the help it belongs to.
+
+    `takes_minus`: a word that begins with a minus and is no option is an argument, as in `resize IMAGE -1G`.
+    """
 
     module: str
     function: str
     section: str
+    takes_minus: bool = False
 
 
 COMMANDS = {
@@ -78,8 +84,17 @@ COMMANDS = {
     "disable": Command("recording", "disable", _CHANGE),
     "set": Command("ranges", "set_ranges", _CHANGE),
     "unset": Command("ranges", "unset_ranges", _CHANGE),
+    "invert": Command("invert", "invert", _CHANGE),
+    "resample": Command("resample", "resample", _CHANGE),
+    "resize": Command("resize", "resize", _CHANGE, takes_minus=True),
     "merge": Command("merge", "merge", _COMBINE),
     "copy": Command("copy", "copy", _COMBINE),
+    "diff": Command("diff", "diff", _COMBINE),
+    "rebuild": Command("rebuild", "rebuild", _COMBINE),
+    "prove": Command("prove", "prove", _COMBINE),
+    "estimate": Command("estimate", "estimate", _LOOK),
+    "export": Command("export", "export", _COMBINE),
+    "import": Command("import_", "import_bitmaps", _COMBINE),
     "undo": Command("undo", "undo", _SAFETY),
 }
 
@@ -100,7 +115,8 @@ def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     for name in names:
         command = COMMANDS[name]
         function = getattr(import_module(f".{command.module}", __package__), command.function)
-        built.command(name, cls=_Command, rich_help_panel=command.section)(function)
+        settings = {"ignore_unknown_options": True} if command.takes_minus else None
+        built.command(name, cls=_Command, context_settings=settings, rich_help_panel=command.section)(function)
     if set(names) == set(COMMANDS):
         built.command("qemu-img", rich_help_panel=_SAFETY, add_help_option=False)(_qemu_img)
     return built

@@ -72,7 +72,19 @@ def changing(command: str) -> Callable[[Callable[..., int]], Callable[..., int]]
 
 
 def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> int:
-    """Let `edit` draft what is wanted, then commit it all at once, or print the plan of it.
+    """Let `edit` draft what is wanted, then commit it all at once, or print the plan of it."""
+
+    def drafted(image: api.Image) -> Plan:
+        image.qcow2.require_writable()
+        draft = image.draft()
+        edit(image, draft)
+        return draft.plan()
+
+    return change_as_planned(path, drafted, how)
+
+
+def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How) -> int:
+    """Let `planned` say what to write, then commit it, or print it.
 
     A dry run opens the image as a reader, so that it cannot write even if it wanted to.
     """
@@ -80,10 +92,7 @@ def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> i
         if image.qcow2.rolled_back:
             warn("an earlier change was cut short by a crash; it was rolled back first", path)
         with naming(path):
-            image.qcow2.require_writable()
-            draft = image.draft()
-            edit(image, draft)
-            plan = draft.plan()
+            plan = planned(image)
         if how.dry_run:
             _print_plan(path, plan, how)
         else:
@@ -129,6 +138,9 @@ def _print_plan(path: Path, plan: Plan, how: How) -> None:
             print(f"  {write.offset:#014x}  {write.length:>9}  {printable(write.purpose)}")
     if plan:
         print(f"\nwould write {human_size(plan.bytes_written)}; {_growth(plan, 'would grow', 'would not grow')}")
+        _print_cuts(plan, plan.cut_to, how, "would be")
+        if plan.then is not None and how.undo is None:
+            print("after that, what had to go to the end of the file would move to the front, and the end be cut off")
         print("dry run: nothing was written")
 
 
@@ -139,12 +151,15 @@ def _print_result(image: api.Image, plan: Plan, how: How) -> None:
             "undo-file": None if undo is None else str(undo),
             "rolled-back": image.qcow2.rolled_back,
             "bitmaps": bitmaps_json(image.bitmaps),
+            "file-size": image.qcow2.file.size,
         }
         print_json({**_summary_json(image.path, plan, how), **rest})
         return
     _print_summary(plan)
     if plan:
         print(f"wrote {human_size(plan.bytes_written)}; {_growth(plan, 'grew', 'did not grow')}")
+        size = image.qcow2.file.size
+        _print_cuts(plan, plan.cut_to if how.undo is not None else size if size < plan.size_after else None, how, "was")
     if undo is not None:
         print(f"undo file: {printable(undo)}")
 
@@ -160,6 +175,25 @@ def _growth(plan: Plan, grows: str, stays: str) -> str:
     return f"the file {grows} by {human_size(plan.growth)}" if plan.growth else f"the file {stays}"
 
 
+def _print_cuts(plan: Plan, cut_to: int | None, how: How, was: str) -> None:
+    """What becomes of the end of the file, and of the data file, where nothing uses it any more."""
+    data_file = plan.data_file
+    cuts = [("the file", cut_to)] if cut_to is not None else []
+    if data_file is not None and data_file.cut_to < data_file.extend_to:
+        cuts.append(("the data file", data_file.cut_to))
+    for what, size in cuts:
+        if how.undo is None:
+            print(f"{what} {was} cut to {human_size(size)}")
+        else:
+            print(f"{what} keeps its length, so that `undo` can put all of it back; it could be {human_size(size)}")
+    if data_file is not None and data_file.extend_to > data_file.size_before:
+        print(f"the data file {was} extended to {human_size(data_file.extend_to)}")
+
+
+def _file_size(plan: Plan, how: How) -> int:
+    return plan.cut_to if plan.cut_to is not None and how.undo is None else plan.size_after
+
+
 def _summary_json(path: Path, plan: Plan, how: How) -> dict[str, object]:
     return {
         "command": how.command,
@@ -169,6 +203,7 @@ def _summary_json(path: Path, plan: Plan, how: How) -> dict[str, object]:
         "summary": list(plan.summary),
         "bytes-written": plan.bytes_written,
         "growth": plan.growth,
+        "file-size": _file_size(plan, how),
     }
 
 

@@ -46,7 +46,7 @@ GranularityOption = Annotated[
     ),
 ]  # fmt: skip
 RangesOption = Annotated[
-    list[Range],
+    list[Range] | None,
     typer.Option(
         "--range", metavar="OFF+LEN", parser=parse_range, show_default=False,
         help="Bytes of the disk, for example 1G+64k.",

@@ -29,6 +29,27 @@ def parse_size(text: str) -> int:
     return int(number) << 10 * (_UNITS.lower().index(unit.lower()) + 1 if unit else 0)
 
 
+class Resizing(NamedTuple):
+    """A new size, or how far it is from the old one; `sign` is 0 for a size as such."""
+
+    size: int
+    sign: int
+
+    def of(self, old: int) -> int:
+        """The new size of what has `old` bytes; below 0 is no size, which others say."""
+        return old + self.sign * self.size if self.sign else self.size
+
+
+def parse_resizing(text: str) -> Resizing:
+    """A new size as `parse_size` takes it, or `+SIZE` or `-SIZE`.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    sign = {"+": 1, "-": -1}.get(text[:1], 0)
+    return Resizing(parse_size(text[1:] if sign else text), sign)
+
+
 class Range(NamedTuple):
     """Bytes of the disk."""
 

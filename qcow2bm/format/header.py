@@ -108,6 +108,10 @@ BACKING_FILE_FIELDS = field_offset("backing_file_offset")
 """Offset of backing_file_offset (8 bytes) and backing_file_size (4 bytes)."""
 CLUSTER_BITS_FIELD = field_offset("cluster_bits")
 """Offset of cluster_bits (4 bytes)."""
+SIZE_FIELD = field_offset("size")
+"""Offset of size (8 bytes), the virtual size."""
+L1_FIELDS = field_offset("l1_size")
+"""Offset of l1_size (4 bytes) and l1_table_offset (8 bytes)."""
 REFCOUNT_TABLE_FIELDS = field_offset("refcount_table_offset")
 """Offset of refcount_table_offset (8 bytes) and refcount_table_clusters (4 bytes): one sector, they switch together."""
 SNAPSHOT_FIELDS = field_offset("nb_snapshots")
@@ -211,6 +215,11 @@ class Header:
     def has_data_file(self) -> bool:
         """True if guest clusters live in an external data file."""
         return bool(self.incompatible_features & Incompatible.EXTERNAL_DATA_FILE)
+
+    @property
+    def encrypts_by_place(self) -> bool:
+        """True if how guest data is encrypted depends on where in the file it lies: LUKS, and not the older AES."""
+        return ENCRYPTION.get(self.crypt_method) == "luks"
 
     def faults(self) -> Iterator[Fault]:
         """What QEMU would refuse to open, in the order in which `qcow2_do_open` looks, and what it does not look at."""

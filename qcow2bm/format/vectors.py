@@ -72,6 +72,18 @@ def refcounts(blocks: bytes | memoryview, order: int) -> Refcounts:
     return counts.reshape(-1)
 
 
+def pack_refcounts(counts: Refcounts, order: int) -> bytes:
+    """The refcount blocks that hold these refcounts: what `refcounts` undoes."""
+    if order >= 3:
+        return counts.astype(f">u{1 << order - 3}").tobytes()
+    bits = 1 << order
+    each = counts.astype(np.uint8).reshape(-1, 8 // bits)
+    packed = np.zeros(each.shape[0], np.uint8)
+    for index in range(8 // bits):
+        packed |= each[:, index] << np.uint8(index * bits)
+    return packed.tobytes()
+
+
 def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int, int, array[int]]]:
     """How often L2 tables are named by L1 tables, of the active disk (True) and of others (False).
 

@@ -8,6 +8,8 @@ clusters are given back. A crash at any moment leaves the old state or the new o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .header_draft import HeaderDraft, clear_unknown_autoclear
 from .image import Qcow2Image
@@ -15,6 +17,9 @@ from .plan import Data, Plan, Stage, Switch, Write
 from .proof import prove
 from .refcounts import Allocator, Refcounts
 from .references import Reference
+
+if TYPE_CHECKING:
+    from .lowering import Lowering  # with numpy
 
 
 class Change:
@@ -47,6 +52,24 @@ class Change:
     def free(self, offset: int, length: int) -> None:
         """Give back the clusters that hold `length` bytes at `offset`; raises ProofError unless each has refcount 1."""
         self._allocator.free(offset, length)
+
+    def put_run(self, clusters: int, make: Data, purpose: str) -> int:
+        """Fill that many free clusters in a row with bytes that are made when they are written; returns their offset.
+
+        Raises:
+            NoSpaceError: there is no room for it in one piece.
+        """
+        offset = self._allocator.take(clusters)
+        self._fresh.append(Write(offset, clusters * self.image.geometry.cluster_size, make, purpose))
+        return offset
+
+    def refcount(self, offset: int) -> int:
+        """The refcount of the cluster at `offset`, as it is on disk."""
+        return self._refcounts.get(self.image.geometry.cluster_of(offset))
+
+    def lower(self, lowering: Lowering) -> None:
+        """Give up references, at the end: only if every refcount is known to be at least what refers to its cluster."""
+        self._allocator.lowering = lowering
 
     def plan(
         self, switch: Callable[[HeaderDraft], Switch], others: Iterable[Reference], summary: tuple[str, ...]
@@ -83,6 +106,20 @@ class Change:
         )
         prove(self.image, plan, others, self._refcounts)
         return plan
+
+    def trimmed(self, plan: Plan) -> Plan:
+        """A plan of this change that drops refcount blocks which count nothing any more, and cuts the file's end off.
+
+        Each stage leaves leaks at most: a block that nothing counts in is unlinked, then its cluster is given back.
+        """
+        names = ("unlink empty refcount blocks", "give their clusters back")
+        stages = (Stage(name, tuple(writes)) for name, writes in zip(names, self._allocator.unlink(), strict=True))
+        end = self._allocator.end()
+        return replace(
+            plan,
+            stages=(*plan.stages, *(stage for stage in stages if stage.writes)),
+            cut_to=end if end < plan.size_after and not self.image.file.is_device else None,
+        )
 
 
 def no_change(image: Qcow2Image, summary: tuple[str, ...]) -> Plan:

@@ -30,6 +30,7 @@ from ..errors import (
     from_os_error,
     naming,
 )
+from .data_file import FollowingFile
 from .file import ImageFile
 from .image import Qcow2Image
 from .plan import Plan, Stage, Write
@@ -59,6 +60,9 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
     carry_out(image.file, plan, undo=undo, progress=progress)
     with naming(image.file.path):
         image.reload()
+        following = plan.then(image) if plan.then is not None and undo is None and not image.file.is_device else None
+    if following:
+        commit(image, following)
 
 
 def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
@@ -70,16 +74,30 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
         _require_space(file, plan)
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
-        writer = _undo_writer(file, plan, undo)
-        engine = _Engine(file, plan, progress, writer)
-        try:
-            engine.run()
-        except BaseException:
-            if writer is not None and engine.rolled_back:
-                writer.discard()
-            raise
-        if writer is not None:
-            writer.complete(file)
+        with FollowingFile(plan.data_file) as data_file:
+            writer = _undo_writer(file, plan, undo)
+            engine = _Engine(file, plan, progress, writer)
+            try:
+                data_file.extend()
+                engine.run()
+            except BaseException:
+                if engine.rolled_back or not engine.begun:
+                    if writer is not None:
+                        writer.discard()
+                    data_file.restore()
+                raise
+            if writer is not None:
+                writer.complete(file)
+            else:
+                _cut(file, plan)
+                data_file.cut()
+
+
+def _cut(file: ImageFile, plan: Plan) -> None:
+    """Drop the end of the file, which nothing uses any more. A crash before that leaves it longer than need be."""
+    if plan.cut_to is not None and plan.cut_to < file.size:
+        file.truncate(plan.cut_to)
+        file.barrier()
 
 
 def _require_as_planned(file: ImageFile, plan: Plan) -> None:
@@ -146,7 +164,7 @@ class _Kept:
         spill, place = self._spill, self._spill.seek(0, SEEK_END)
         spill.write(data)
         spill.flush()
-        return lambda: os.pread(spill.fileno(), len(data), place)
+        return partial(os.pread, spill.fileno(), len(data), place)  # which does not hold the data
 
     def close(self) -> None:
         """Forget everything."""
@@ -167,9 +185,11 @@ class _Engine:
         self._kept = _Kept()
         self._written = 0
         self._journal: UndoWriter | None = None
+        self.begun = False
         self.rolled_back = False
 
     def run(self) -> None:
+        self.begun = True
         try:
             self._run()
         finally:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 SECTOR = 512
 """Bytes that reach a disk all or none, the unit of the crash model."""
@@ -101,6 +103,23 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class DataFile:
+    """An external data file whose length goes with a change. Sizes in bytes.
+
+    Attributes:
+        extend_to: its length while the change is made, at least `size_before`.
+        cut_to: its length in the end, if nothing is to be undone.
+        use_locks: lock it as the image is locked.
+    """
+
+    path: Path
+    size_before: int
+    extend_to: int
+    cut_to: int
+    use_locks: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, and what the image is before and after.
 
@@ -112,6 +131,10 @@ class Plan:
         freed: numbers of the clusters that nothing uses any more then.
         summary: what the change does, a line per edit.
         kept: what the undo file keeps beside all that the plan overwrites.
+        cut_to: length that the file is cut to when all is done, unless there is an undo file, which could not give the
+            rest back.
+        data_file: the external data file, where its length changes too.
+        then: what to plan and carry out next, in a change of its own, unless there is an undo file.
     """
 
     cluster_size: int
@@ -122,6 +145,9 @@ class Plan:
     freed: frozenset[int] = field(default_factory=frozenset)
     summary: tuple[str, ...] = ()
     kept: tuple[Kept, ...] = ()
+    cut_to: int | None = None
+    data_file: DataFile | None = None
+    then: Callable[[Any], Plan] | None = None  # of the open image, which stands on plans: no import leads back
 
     def __bool__(self) -> bool:
         return bool(self.stages)

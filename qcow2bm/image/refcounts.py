@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import count
+from typing import TYPE_CHECKING
 
 from bitarray.util import intervals
 
@@ -29,6 +31,9 @@ from ..format.header import REFCOUNT_TABLE_FIELDS
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from .image import Qcow2Image
 from .plan import SECTOR, Write
+
+if TYPE_CHECKING:
+    from .lowering import Lowering  # with numpy, and only who drops guest clusters needs it
 
 _FULL_BLOCKS = 1 << 16
 """Offsets of refcount blocks without a free cluster that a search remembers: many entries may name one block."""
@@ -117,6 +122,10 @@ class Allocator:
 
     First fit: the lowest free cluster that does. A cluster that the plan gives back is not taken again by the same
     plan, because until the last stage the old state still needs it.
+
+    Attributes:
+        freed: clusters given back that have one owner each.
+        lowering: references that go besides, of clusters that may have others.
     """
 
     def __init__(self, image: Qcow2Image, refcounts: Refcounts) -> None:
@@ -129,6 +138,7 @@ class Allocator:
         self._new_table: int | None = None
         self._table_clusters = image.header.refcount_table_clusters
         self.freed: set[int] = set()
+        self.lowering: Lowering | None = None
 
     @property
     def highest(self) -> int:
@@ -294,15 +304,98 @@ class Allocator:
 
     def release(self) -> list[Write]:
         """Set the refcounts of what is given back to zero, on top of what `prepare` wrote."""
-        geometry = self._image.geometry
-        taken = _by_block(self._taken, geometry.refcounts_per_block)
+        lowered = set(self.lowering.blocks()) if self.lowering else set()
         writes: list[Write] = []
-        for index, members in _by_block(self.freed, geometry.refcounts_per_block).items():
-            block = bytearray(self._refcounts.read_block(index) or b"")
-            for within in taken.get(index, ()):
-                set_refcount(block, within, geometry.refcount_order, 1)
-            writes += self._update(index, bytes(block), members, 0, "give clusters back")
+        for index, members in self._by_blocks[1].items():
+            if index not in lowered:
+                writes += self._update(index, bytes(self._counted(index)), members, 0, "give clusters back")
+        for index in sorted(lowered):
+            old = bytes(self._counted(index))
+            offset = self._refcounts.block_offset(index)
+            writes += _changes(offset, old, self._released(index), f"refcount block {index}: give clusters back")
         return writes
+
+    def unlink(self) -> list[list[Write]]:
+        """Take refcount blocks that count nothing any more out of the refcount table, then give them back.
+
+        In two stages, after `release`: a block that nobody links any more is a leak until its own refcount goes. Most
+        lie in the range they describe, where it goes with them.
+        """
+        links: list[Write] = []
+        homes: dict[int, list[int]] = {}
+        for index in self._empty_blocks:
+            entry = self._refcounts.table[index].to_bytes(8, "big")
+            place = self._image.header.refcount_table_offset + 8 * index
+            links.append(Write.replace(place, entry, bytes(8), f"refcount table: block {index} is empty"))
+            cluster = self._image.geometry.cluster_of(self._refcounts.block_offset(index))
+            home, within = divmod(cluster, self._image.geometry.refcounts_per_block)
+            if home != index:
+                homes.setdefault(home, []).append(within)
+        given: list[Write] = []
+        for home, members in homes.items():
+            given += self._update(home, self._released(home), sorted(members), 0, "give refcount blocks back")
+        return [links, given]
+
+    def end(self) -> int:
+        """Where the last cluster that is used when all is done ends, in bytes."""
+        from .lowering import highest_used
+
+        geometry = self._image.geometry
+        gone = set(self._empty_blocks)
+        blocks = {geometry.cluster_of(self._refcounts.block_offset(index)) for index in gone}
+        for index in sorted(self._indices() - gone, reverse=True):
+            block = bytearray(self._released(index))
+            for cluster in blocks:
+                if cluster // geometry.refcounts_per_block == index:
+                    set_refcount(block, cluster % geometry.refcounts_per_block, geometry.refcount_order, 0)
+            highest = highest_used(bytes(block), geometry.refcount_order)
+            if highest >= 0:
+                return geometry.offset_of(index * geometry.refcounts_per_block + highest + 1)
+        return geometry.cluster_size
+
+    def _indices(self) -> set[int]:
+        """The refcount blocks that there are once the plan's own are linked."""
+        known = (index for index in range(len(self._refcounts.table)) if self._refcounts.block_offset(index))
+        return {*known, *self._new_blocks}
+
+    @cached_property
+    def _empty_blocks(self) -> list[int]:
+        """Old refcount blocks that in the end count nothing, or themselves alone."""
+        geometry = self._image.geometry
+        if self._new_table is not None:
+            return []
+        empty = []
+        for index in sorted(self._indices() - set(self._new_blocks)):
+            block = bytearray(self._released(index))
+            home, within = divmod(
+                geometry.cluster_of(self._refcounts.block_offset(index)), geometry.refcounts_per_block
+            )
+            if home == index:
+                set_refcount(block, within, geometry.refcount_order, 0)
+            if block.count(0) == len(block):
+                empty.append(index)
+        return empty
+
+    @cached_property
+    def _by_blocks(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """What is taken and what is freed, by refcount block; asked for when both are complete."""
+        per_block = self._image.geometry.refcounts_per_block
+        return _by_block(self._taken, per_block), _by_block(self.freed, per_block)
+
+    def _counted(self, index: int) -> bytearray:
+        """A refcount block as `prepare` leaves it."""
+        geometry = self._image.geometry
+        block = bytearray(self._refcounts.read_block(index) or bytes(geometry.cluster_size))
+        for within in self._by_blocks[0].get(index, ()):
+            set_refcount(block, within, geometry.refcount_order, 1)
+        return block
+
+    def _released(self, index: int) -> bytes:
+        """A refcount block as `release` leaves it."""
+        block = self._counted(index)
+        for within in self._by_blocks[1].get(index, ()):
+            set_refcount(block, within, self._image.geometry.refcount_order, 0)
+        return self.lowering.lowered(index, bytes(block)) if self.lowering else bytes(block)
 
     def _update(self, index: int, old: bytes, members: list[int], value: int, purpose: str) -> Iterator[Write]:
         """Replace refcounts of one block; bytes that lie close together become one write."""
@@ -343,6 +436,14 @@ def _by_block(clusters: set[int], per_block: int) -> dict[int, list[int]]:
         index, within = divmod(cluster, per_block)
         blocks.setdefault(index, []).append(within)
     return blocks
+
+
+def _changes(offset: int, old: bytes, new: bytes, purpose: str) -> Iterator[Write]:
+    """The writes that turn the bytes at `offset` into others of the same length."""
+    from .lowering import differing
+
+    for start, stop in differing(old, new, SECTOR):
+        yield Write.replace(offset + start, old[start:stop], new[start:stop], purpose)
 
 
 def _joined(offsets: list[int], width: int) -> Iterator[tuple[int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qcow2bm.cli.app import COMMANDS
 from tests.support.images import FIXTURES, unpack
 
 
@@ -29,7 +30,8 @@ def complete(*words: str | Path, shell: str = "bash") -> list[str]:
 
 
 def test_commands() -> None:
-    assert complete("re") == ["repair", "remove", "rename"]
+    assert complete("re") == [name for name in COMMANDS if name.startswith("re")]
+    assert complete("rem") == ["remove"]
 
 
 def test_names_from_the_image(image: Path) -> None:

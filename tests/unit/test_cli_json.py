@@ -86,6 +86,22 @@ def test_reading_commands(sample, tmp_path: Path, document) -> None:
         check("show", document("show", "--extents", "--stale", "--", path, name))
 
 
+def test_diff_prove_and_estimate(tmp_path: Path, document) -> None:
+    image, older = unpack("office-week", tmp_path / "now"), unpack("office-week", tmp_path / "then")
+    check("diff", document("diff", older, image))
+    check("diff", document("diff", "--extents", older, image))
+    kept = document("diff", older, image, "--into", f"{image}#new", "--format-a", "qcow2")
+    check("change", kept)
+    check("change", document("diff", older, image, "--into", f"{image}#new", "--merge", "--dry-run"))
+    check("change", document("rebuild", image, "mon", "--against", older, "--undo", tmp_path / "undo"))
+    check("prove", document("prove", image, "mon", "--against", older))
+    sampled = document("prove", image, "tue", "--against", older, "--sample", "1M", "--seed", "7")
+    check("prove", sampled)
+    assert sampled["sample"]["seed"] == 7
+    check("estimate", document("estimate", image))
+    check("estimate", document("estimate", image, "mon"))
+
+
 def test_damaged_images(tmp_path: Path, document) -> None:
     path = unpack("office-week", tmp_path)
     with path.open("r+b") as file:
@@ -136,6 +152,9 @@ def test_check_knows_the_words_of_the_schema() -> None:
         ["set", "{}", "mon", "--range", "0+1G"],
         ["unset", "{}", "mon", "--range", "0+1G"],
         ["merge", "{}", "mon", "tue"],
+        ["invert", "{}", "mon"],
+        ["resample", "{}", "mon", "-g", "4k"],
+        ["resize", "{}", "+1G"],
         ["copy", "{}#mon", "{}#x"],
     ],
     ids=lambda words: words[0],
@@ -148,6 +167,20 @@ def test_changing_commands(words: list[str], tmp_path: Path, document) -> None:
     check("change", done)
     if done["changed"]:
         check("undo", document("undo", path, tmp_path / "undo"))
+
+
+def test_export_and_import(tmp_path: Path, document) -> None:
+    path, file = unpack("office-week", tmp_path), tmp_path / "file"
+    for form in ("qcow2bm", "json", "csv", "raw"):
+        parsed = document("export", path, "mon", file, "--format", form)
+        check("export", parsed)
+        assert parsed["file-bytes"] == file.stat().st_size
+        file.unlink()
+    document("export", path, file)
+    check("import-list", document("import", file, "--list"))
+    check("import-list", document("import", path, file, "--list"))
+    check("change", document("import", path, file, "mon", "--as", "x", "--dry-run"))
+    check("change", document("import", path, file, "mon", "--as", "x"))
 
 
 def test_a_key_that_is_not_written_down_would_be_seen(tmp_path: Path, document) -> None:

@@ -27,7 +27,7 @@ FLOORS = (
     {"image"},
     {"bitmap"},
     {"checks", "chain", "transaction"},
-    {"repair"},
+    {"repair", "resize"},
     {"backup", "checkpoint", "nbd", "fleet"},
     {"api", "report"},
     {PACKAGE},

@@ -67,6 +67,11 @@ def test_add_loads_nothing_heavy(image: str) -> None:
     assert not top_level_modules(RUN_MAIN, "add", image, "b") & HEAVY
 
 
+def test_export_and_import_load_nothing_heavy(image: str) -> None:
+    assert not top_level_modules(RUN_MAIN, "export", image, "mon", f"{image}.bitmaps") & HEAVY
+    assert not top_level_modules(RUN_MAIN, "import", image, f"{image}.bitmaps", "--as", "b") & HEAVY
+
+
 def test_check_of_a_small_image_loads_nothing_heavy(image: str) -> None:
     assert not top_level_modules(RUN_MAIN, "check", "--owners", image) & HEAVY
 

@@ -1,0 +1,1 @@
+"""Another virtual size, with every bitmap following; and bitmaps that were left behind made to fit."""

@@ -1,0 +1,97 @@
+"""The external data file of an image that is resized: which it is, and how long it is to be.
+
+No name in an image is believed: the user says where the file is. A raw one is as long as the disk, since whoever reads
+it alone takes its length for the disk's size. One that is not raw is cut only where no cluster is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import NoSpaceError, UnsupportedImageError, UsageError, naming
+from ..format.extensions import ExtensionType
+from ..format.header import Autoclear
+from ..image.file import ImageFile
+from ..image.image import Qcow2Image, take_locks
+from ..image.plan import DataFile
+from .mapping import end_in_data_file
+
+_PIECE = 64 << 10
+"""Bytes of a data file that are looked at together."""
+_MANY = 1 << 10
+"""Ranges that are told apart; more of them are one."""
+
+
+@contextlib.contextmanager
+def opened(image: Qcow2Image, path: Path | None) -> Iterator[ImageFile | None]:
+    """The data file of an image, open to be read; None if it has none.
+
+    Raises:
+        UnsupportedImageError: there is one, and nobody says where.
+        UsageError: there is none, or this is the image itself.
+        InUseError: another process writes to it.
+        ImageIOError: it cannot be opened.
+    """
+    if path is None:
+        if image.header.has_data_file:
+            name = image.extensions.text(ExtensionType.DATA_FILE) or ""
+            raise UnsupportedImageError(
+                f"its guest data lies in an external data file, which it calls '{name}'",
+                hint="say with --data-file where that is: no name in an image is believed for it",
+            )
+        yield None
+        return
+    if not image.header.has_data_file:
+        raise UsageError("it has no external data file", hint="leave --data-file out")
+    file = ImageFile.open(path)
+    try:
+        with naming(path):
+            from ..chain.layers import file_identity  # with numpy
+
+            if file_identity(file) == file_identity(image.file):
+                raise UsageError("this is the image, not its data file")
+            if image.locked:
+                take_locks(file, writable=False, force_share=False)
+        yield file
+    finally:
+        file.close()
+
+
+def is_raw(image: Qcow2Image) -> bool:
+    """True if the data file alone is the guest's disk."""
+    return bool(image.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA)
+
+
+def lengths(image: Qcow2Image, file: ImageFile, old: int, new: int) -> DataFile:
+    """How long the data file is to be, meanwhile and in the end.
+
+    Raises:
+        NoSpaceError: it is a block device, and too small.
+    """
+    extended = max(file.size, new)
+    if file.is_device and extended > file.size:
+        raise NoSpaceError(f"the data file is a device of {file.size} bytes", hint="extend the device")
+    cut = extended
+    if new < old:
+        cut = new if is_raw(image) else max(new, end_in_data_file(image, image.geometry.clusters(new)))
+    return DataFile(file.path, file.size, extended, min(cut, extended), image.locked)
+
+
+def exposed_bytes(file: ImageFile, old: int, new: int) -> tuple[tuple[int, int], ...]:
+    """What a raw data file that is longer than the disk holds there already, as ranges (offset, length) with data."""
+    stop = min(new, file.size)
+    found: list[tuple[int, int]] = []
+    at = old
+    while at < stop:
+        at = max(at, file.next_data(at))
+        end = min((at // _PIECE + 1) * _PIECE, stop)
+        if at < end and any(file.read_at(at, end - at)):
+            if found and sum(found[-1]) == at:
+                at = found.pop()[0]
+            found.append((at, end - at))
+        at = max(at, end)
+    if len(found) > _MANY:
+        return ((found[0][0], sum(found[-1]) - found[0][0]),)
+    return tuple(found)
