@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev tools demo check test bench fuzz reliability docs clean
+.PHONY: help setup dev tools demo check test bench fuzz crash reliability docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; \
@@ -31,6 +31,9 @@ bench: dev ## measure against qemu-img and rewrite docs/performance.md
 fuzz: tools dev ## the property tests with many more, random examples; every combination, many more damaged images
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
 	MATRIX=all DAMAGE_ROUNDS=20 REPAIR_ROUNDS=20 QCOW2BM_ROUNDS=20 $(BIN)/python -m pytest -n auto tests/interop
+
+crash: tools dev ## every command cut short, met by failing calls and killed; rewrites the figures in docs/reliability.md
+	$(BIN)/python -m tests.crash
 
 reliability: tools dev ## repair 600 damaged images beside qemu-img and rewrite docs/reliability.md
 	$(BIN)/python -m tests.reliability
