@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import errors
     from .api import Bitmap, Bitmaps, Extent, Image, export_bitmaps, open, plan_resize, undo, who_holds  # noqa: A004 - the public name
-    from .bitmap.edit import Edit, Source
+    from .bitmap.draft import Source
+    from .bitmap.edit import Edit
     from .bitmap.extents import read_extents
     from .bitmap.sidecar_import import ImportPolicy, import_bitmaps
     from .bitmap.sidecar_model import Export, ExportedBitmap
@@ -36,7 +37,7 @@ _HOME = {
     "Bitmaps": "api",
     "Extent": "api",
     "Edit": "bitmap.edit",
-    "Source": "bitmap.edit",
+    "Source": "bitmap.draft",
     "read_extents": "bitmap.extents",
     "State": "bitmap.store",
     "export_bitmaps": "api",

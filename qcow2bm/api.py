@@ -25,7 +25,8 @@ from .image.references import Kind, Reference
 if TYPE_CHECKING:
     # Whoever only reads loads none of this: starting up is most of what a small command costs.
     from .bitmap.bring_back import Quarantine
-    from .bitmap.edit import Edit, Source
+    from .bitmap.draft import Source
+    from .bitmap.edit import Edit
     from .image.commit import Progress
     from .image.plan import Plan
 
@@ -118,7 +119,7 @@ class Bitmap:
 
         Keep this image open until the commit.
         """
-        from .bitmap.edit import Source
+        from .bitmap.draft import Source
 
         return Source.stored(self._image, self.name)
 
@@ -243,7 +244,7 @@ class Image:
             CorruptImageError: a mapping table cannot be read.
             BitmapLimitError: there would be more bits than a bitmap may have.
         """
-        from .bitmap.edit import Source, require_granularity
+        from .bitmap.draft import Source, require_granularity
         from .repair.evidence import allocated
 
         require_granularity(granularity)

@@ -15,7 +15,8 @@ from ..image.file import ImageFile
 from ..image.undo_layout import State
 from ..image.undo_reader import UndoReader
 from ..image.undo_standing import Since, since, standing
-from .edit import Edit, Source
+from .draft import Source
+from .edit import Edit
 from .quarantine import Quarantined, quarantined
 
 _SINCE = {

@@ -23,13 +23,11 @@ from ..errors import (
     UsageError,
 )
 from ..format.bitmap_directory import BitmapFlag
-from ..format.geometry import div_up, is_power_of_two
+from ..format.geometry import div_up
 from ..format.limits import (
     MAX_BITMAP_BYTES,
     MAX_BITMAP_NAME,
     MAX_BITMAPS,
-    MAX_GRANULARITY_BITS,
-    MIN_GRANULARITY_BITS,
 )
 from ..format.text import decode_name, encode_name
 from ..image.image import Qcow2Image
@@ -37,69 +35,9 @@ from ..image.plan import Plan
 from .algebra import Grained, combine, covering, marking, regrained
 from .bits import BitVector
 from .chunks import ONES, ZEROES, Op
-from .store import BitmapDirectory, State, StoredBitmap, not_found, require_ready
+from .draft import Draft, Source, require_granularity
+from .store import BitmapDirectory, State, not_found, require_ready
 from .write import plan_changes
-
-
-@dataclass(slots=True)
-class Draft:
-    """A bitmap as it shall be.
-
-    Attributes:
-        bits: its bits once an edit has asked for them; None as long as the stored ones stay as they are.
-        stored: the bitmap on disk it comes from; None for a new one.
-    """
-
-    name: bytes
-    granularity_bits: int
-    flags: BitmapFlag
-    bits: BitVector | None = None
-    stored: StoredBitmap | None = None
-
-    @property
-    def granularity(self) -> int:
-        """Guest bytes one bit stands for."""
-        return 1 << self.granularity_bits
-
-    def require_ready(self) -> None:
-        """Raise BitmapInconsistentError or BitmapBrokenError unless the bitmap may be used."""
-        if self.stored is not None:
-            require_ready(self.stored)
-
-    def current_bits(self) -> BitVector:
-        """The bits as the draft has them; raises as `require_ready`."""
-        self.require_ready()
-        if self.bits is None:
-            assert self.stored is not None, "a new draft has bits from the start"
-            return self.stored.bits
-        return self.bits
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Bits to merge or copy from: a bitmap of this or of another image. Sizes in bytes."""
-
-    label: str
-    virtual_size: int
-    granularity: int
-    bits: BitVector
-    recording: bool = True
-
-    @classmethod
-    def stored(cls, image: Qcow2Image, name: str) -> Source:
-        """A bitmap of an open image, which must stay open until the plan is carried out.
-
-        Raises:
-            BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: it cannot be read.
-        """
-        bitmap = BitmapDirectory(image).find(name)
-        return cls(
-            f"{image.file.path}#{name}",
-            image.geometry.virtual_size,
-            bitmap.granularity,
-            bitmap.readable_bits(),
-            bitmap.recording,
-        )
 
 
 @dataclass
@@ -329,9 +267,7 @@ class Edit:
             BitmapInconsistentError: it is in use by a running VM.
             UsageError, BitmapLimitError: as `add`, of one that is put back.
         """
-        geometry = self.image.geometry
-        if (bits.length, bits.chunk_bytes) != (geometry.bitmap_bits(granularity), geometry.cluster_size):
-            raise ValueError("these bits are not in the shape of a bitmap of this image")
+        self._require_shape(bits, granularity)
         raw = encode_name(name)
         flags = BitmapFlag.AUTO if recording else BitmapFlag(0)
         new = Draft(raw, granularity.bit_length() - 1, flags, bits)
@@ -354,9 +290,8 @@ class Edit:
 
         Raises BitmapNotFoundError, BitmapInconsistentError or BitmapBrokenError if it cannot be used.
         """
-        draft, geometry = self._usable(name), self.image.geometry
-        if (bits.length, bits.chunk_bytes) != (geometry.bitmap_bits(draft.granularity), geometry.cluster_size):
-            raise ValueError("these bits are not in the shape of that bitmap")
+        draft = self._usable(name)
+        self._require_shape(bits, draft.granularity)
         draft.bits = bits
         self._note(f"replace the bits of '{name}'")
 
@@ -414,6 +349,11 @@ class Edit:
         recording = bool(draft.flags & BitmapFlag.AUTO)
         return Source(source, self.image.geometry.virtual_size, draft.granularity, draft.current_bits(), recording)
 
+    def _require_shape(self, bits: BitVector, granularity: int) -> None:
+        geometry = self.image.geometry
+        if (bits.length, bits.chunk_bytes) != (geometry.bitmap_bits(granularity), geometry.cluster_size):
+            raise ValueError("these bits are not in the shape of a bitmap of this image")
+
     def _converted(self, source: Source, granularity: int) -> BitVector:
         """A source's bits in the shape of a bitmap of this image."""
         self._require_same_disk(source)
@@ -465,13 +405,6 @@ class Edit:
             raise BitmapLimitError(
                 f"the bitmap would have {size} bytes, above {MAX_BITMAP_BYTES}", hint="choose a larger granularity"
             )
-
-
-def require_granularity(granularity: int) -> None:
-    """Raise UsageError unless QEMU takes bitmaps of that granularity."""
-    bits = granularity.bit_length() - 1
-    if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
-        raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
 
 
 def _operation(op: Op | str) -> Op:

@@ -24,7 +24,7 @@ from ..format.sidecar import (
 from ..image.export_file import Input
 from .bits import BitVector
 from .chunks import ONES, ZEROES, Chunk
-from .edit import Source
+from .draft import Source
 from .sidecar_lineage import Lineage
 
 

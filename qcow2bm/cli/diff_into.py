@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import api
-from ..bitmap.edit import Edit, Source
+from ..bitmap.draft import Source
+from ..bitmap.edit import Edit
 from ..errors import BitmapSizeMismatchError, UsageError
 from ..format.geometry import round_up
 from ..image.plan import SECTOR

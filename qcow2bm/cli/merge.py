@@ -8,7 +8,8 @@ import typer
 
 from .. import api
 from ..bitmap.chunks import Op
-from ..bitmap.edit import Edit, Source
+from ..bitmap.draft import Source
+from ..bitmap.edit import Edit
 from ..errors import UsageError
 from .change import How, change, changing
 from .completion import bitmap_names

@@ -237,7 +237,7 @@ def _act(edit: Edit, action: str, argument: str, source: Image, request: Request
 
 def _merge(edit: Edit, argument: str, source: Image, request: Request) -> None:
     """Merge one source; what is wrong now is wrong with the source."""
-    from ..bitmap.edit import Source
+    from ..bitmap.draft import Source
     from ..errors import BitmapError, BitmapSizeMismatchError
 
     local = source.qcow2 is edit.image

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from .. import api
-from ..bitmap.edit import Source
+from ..bitmap.draft import Source
 from ..errors import naming
 from .references import same_file, split_reference
 

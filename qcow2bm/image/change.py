@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .allocator import Allocator
 from .header_draft import HeaderDraft, clear_unknown_autoclear
 from .image import Qcow2Image
 from .plan import Data, Plan, Stage, Switch, Write
 from .proof import prove
-from .refcounts import Allocator, Refcounts
+from .refcounts import Refcounts
 from .references import Reference
 
 if TYPE_CHECKING:

@@ -66,6 +66,30 @@ def _undoable(image: Path, _shape: Shape) -> None:
     assert status == 0
 
 
+def _exported(image: Path, _shape: Shape) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert __main__.main(["export", str(image), str(image.with_name("exported"))]) == 0
+
+
+def _older(image: Path, shape: Shape) -> None:
+    """A disk of zeroes, as the image's was before the guest wrote."""
+    with image.with_name("older.raw").open("wb") as file:
+        file.truncate(shape.size)
+
+
+def _is_open(shape: Shape) -> bool:
+    """Guest data can be read: it is neither encrypted nor in a file that somebody would have to name."""
+    return shape.secret is None and _has_no_data_file(shape)
+
+
+def _has_data_file(shape: Shape) -> bool:
+    return any("data_file" in option for option in shape.options)
+
+
+def _has_no_data_file(shape: Shape) -> bool:
+    return not _has_data_file(shape)
+
+
 def _leaky(image: Path, _shape: Shape) -> None:
     """Clusters at the end that nothing uses, counted."""
     raw = Raw.load(image)
@@ -118,6 +142,19 @@ COMMANDS = (
     Command("merge", "merge {image} c a b"),
     Command("merge, with undo", "merge {image} sum a b c --create --undo {undo}"),
     Command("copy", "copy {image}#a {image}#twin -g 512"),
+    Command("merge by subtract", "merge {image} a b c --op subtract"),
+    Command("invert", "invert {image} b"),
+    Command("resample", "resample {image} a -g 512"),
+    Command("resample, coarser", "resample {image} --match * -g 1M"),
+    Command("set from allocation", "set {image} c --from-allocation"),
+    Command("import", "import {image} {folder}/exported --merge", _exported),
+    Command("rebuild", "rebuild {image} b --against {folder}/older.raw", _older, fits=_is_open),
+    Command("diff into", "diff {folder}/older.raw {image} --into {image}#differs", _older, fits=_is_open),
+    Command("grow", "resize {image} +64M", fits=_has_no_data_file),
+    Command("grow with a data file", "resize {image} +1M --data-file {folder}/data.raw", fits=_has_data_file),
+    Command("grow, tail dirty, with undo", "resize {image} +1M --dirty-tail --undo {undo}", fits=_has_no_data_file),
+    Command("shrink", "resize {image} -512k --shrink", fits=_has_no_data_file),
+    Command("shrink to little", "resize {image} 64k --shrink --undo {undo}", fits=_has_no_data_file),
     Command("undo", "undo {image} {undo}", _undoable),
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),

@@ -20,9 +20,11 @@ LIMIT = 8
 
 # Each command on one shape and each shape with some command; over the list every kind of command meets most shapes.
 SAMPLE = [
-    (command, SHAPES[(7 * number) % len(SHAPES)])
+    (
+        command,
+        next(shape for turn in range(len(SHAPES)) if command.fits(shape := SHAPES[(7 * number + turn) % len(SHAPES)])),
+    )
     for number, command in enumerate(COMMANDS)
-    if command.fits(SHAPES[(7 * number) % len(SHAPES)])
 ]
 
 

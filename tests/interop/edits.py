@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 
 import qcow2bm
-from qcow2bm.bitmap.edit import Edit, Source
+from qcow2bm.bitmap.draft import Source
+from qcow2bm.bitmap.edit import Edit
 from tests.interop.combinations import KIB, MIB, bitmap
 from tests.interop.ranges import mark, unmark
 from tests.support.qemu import Ranges

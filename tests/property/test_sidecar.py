@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import qcow2bm
 from qcow2bm.bitmap.bits import BitVector
 from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk
-from qcow2bm.bitmap.edit import Source
+from qcow2bm.bitmap.draft import Source
 from qcow2bm.bitmap.sidecar_digest import Sum, bitmap_digest, runs
 from qcow2bm.bitmap.sidecar_text import Form, lines, read_extent_file
 from qcow2bm.errors import ExportFileError

@@ -13,8 +13,9 @@ import pytest
 import qcow2bm
 from qcow2bm import Edit
 from qcow2bm.errors import ImageIOError, NoSpaceError, ProofError, TruncatedImageError
+from qcow2bm.image.allocator import Allocator
 from qcow2bm.image.image import Qcow2Image
-from qcow2bm.image.refcounts import Allocator, Refcounts
+from qcow2bm.image.refcounts import Refcounts
 from tests.support.qemu import check, qemu_img
 from tests.support.raw import Raw
 from tests.support.recording import Tape
@@ -217,7 +218,7 @@ def test_a_refcount_table_above_8_mib_is_refused_and_nothing_is_written(
 ) -> None:
     image = huge(tmp_path)
     before = image.read_bytes()
-    monkeypatch.setattr("qcow2bm.image.refcounts.MAX_REFCOUNT_TABLE_BYTES", CLUSTER)
+    monkeypatch.setattr("qcow2bm.image.allocator.MAX_REFCOUNT_TABLE_BYTES", CLUSTER)
     with pytest.raises(NoSpaceError, match="above 8 MiB"):
         commit(image, fill(160))
     assert image.read_bytes() == before

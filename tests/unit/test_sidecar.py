@@ -18,7 +18,7 @@ from bitarray import bitarray
 import qcow2bm
 from qcow2bm.bitmap import sidecar_lineage
 from qcow2bm.bitmap.bits import BitVector
-from qcow2bm.bitmap.edit import Source
+from qcow2bm.bitmap.draft import Source
 from qcow2bm.bitmap.sidecar import choose
 from qcow2bm.bitmap.sidecar_lineage import image_id
 from qcow2bm.bitmap.store import BitmapDirectory
