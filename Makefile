@@ -28,8 +28,9 @@ test: tools dev ## the whole test suite, against the real QEMU, with branch cove
 bench: dev ## measure against qemu-img and rewrite docs/performance.md
 	$(BIN)/python -m benchmarks
 
-fuzz: tools dev ## the property tests with many more, random examples; every combination, many more damaged images
+fuzz: tools dev ## the property tests with many more, random examples; every combination; 100,000 hostile images
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
+	$(BIN)/python -m tests.fuzz --images 100000
 	MATRIX=all DAMAGE_ROUNDS=20 REPAIR_ROUNDS=20 QCOW2BM_ROUNDS=20 $(BIN)/python -m pytest -n auto tests/interop
 
 crash: tools dev ## every command cut short, met by failing calls and killed; rewrites the figures in docs/reliability.md
