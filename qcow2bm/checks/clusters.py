@@ -27,11 +27,19 @@ def mismatch(view: View, run: Mismatch, code: str | None = None, owner: str = ""
     leaked = run.stored > run.references
     what = "a cluster" if run.count == 1 else f"{run.count} clusters"
     text = f"{what} at {offset:#x}: refcount {run.stored}, but {run.references} references{owner}"
-    plain = "refcount-too-low" if not leaked else "leak-unproven" if view.blind else "leak"
+    if code is None and leaked and view.leak_doubt is not None and not view.blind:
+        text += f"; {view.leak_doubt}"
     return found(
-        code or plain, text, Location("cluster", offset, bitmap=bitmap), count=run.count,
+        code or _plain(view, leaked=leaked), text, Location("cluster", offset, bitmap=bitmap), count=run.count,
         first=run.first, refcount=run.stored, references=run.references,
     )  # fmt: skip
+
+
+def _plain(view: View, *, leaked: bool) -> str:
+    """The code of a cluster whose owner nobody knows."""
+    if not leaked:
+        return "refcount-too-low"
+    return "leak-unproven" if view.blind else "leak" if view.leak_doubt is None else "leak-doubtful"
 
 
 def overlap(view: View, run: Overlap) -> Finding:

@@ -410,6 +410,11 @@ _ROWS = (
         hides=True,
     ),
     Problem(
+        "l1-entry-no-table", _CORRUPTION, _LOSSLESS, _COUNTS, "an L1 entry with flags and no L2 table",
+        "the guest reads as if nothing were mapped; at the first write there QEMU ends with a failed assertion",
+        _MEND,
+    ),
+    Problem(
         "l2-unaligned", _CORRUPTION, _LOSSY, _COUNTS, "an L2 table that is not aligned",
         _GARBAGE,
         _GIVE_UP,
@@ -434,9 +439,9 @@ _ROWS = (
         hides=True,
     ),
     Problem(
-        "zero-unaligned", _CORRUPTION, _LOSSLESS, _COUNTS, "a preallocated zero cluster that is not aligned",
-        "the guest reads zeroes, as it should; a write there would go to the wrong place",
-        _MEND,
+        "zero-unaligned", _CORRUPTION, _LOSSY, _COUNTS, "a preallocated zero cluster that is not aligned",
+        "the entry is not what was written, and QEMU fails whatever the guest reads or writes there",
+        _GIVE_UP,
     ),
     Problem(
         "data-outside", _CORRUPTION, _LOSSY, _COUNTS, "a data cluster outside the file",
@@ -534,6 +539,18 @@ _ROWS = (
         ),
     ),
     Problem(
+        "leak-doubtful", _LEAK, _GUESS, _LEAKS, "leaked clusters of which something says that they may be none",
+        (
+            "all of the image can be read, and still they may have been cut off: a wrong field of the header, a lost"
+            " table or snapshot, or damage that was mended before, looks like this; the finding says what speaks for it"
+        ),
+        (
+            "run no `qemu-img check -r`, which frees them for good; see that the guest and the snapshots miss nothing,"
+            " or look for the field that is wrong (`qcow2bm dump --structure header`); `qcow2bm repair IMAGE --allow "
+            "guess --only leaks` gives the space back"
+        ),
+    ),
+    Problem(
         "leak-lost-table", _LEAK, _GUESS, _LEAKS, "leaked clusters that look like a lost L2 table and its data",
         (
             "a table that maps them is there, but nothing refers to it any more: the guest may have lost what lies in"
@@ -628,7 +645,8 @@ _ROWS = (
     Problem(
         "bitmap-table-size", _BITMAP, _LOSSLESS, _REFUSES, "bitmap table of the wrong size for the disk",
         _NO_START_FOR_BITMAP,
-        _QUARANTINE,
+        "`qcow2bm resize IMAGE SIZE` with the size that the disk has makes the bitmap fit it, what its table did not "
+        "cover being dirty; or " + _QUARANTINE,
         hides=True,
     ),
     Problem(

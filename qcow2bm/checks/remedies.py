@@ -92,6 +92,14 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
     (
         Remedy(
             "the clusters are freed",
+            "they may hold what is missing from the image; the undo file brings that back only as long as nothing else "
+            "was written there",
+        ),
+        "leak-doubtful",
+    ),
+    (
+        Remedy(
+            "the clusters are freed",
             "the guest's data in them; the undo file brings it back only as long as nothing else was written there",
         ),
         "leak-lost-table",
@@ -138,15 +146,15 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
         Remedy("the flag is cleared, and the entry counts as data", "where the flag meant zeroes the guest reads data"),
         "zero-flag-reserved",
     ),
+    (Remedy("the flags are cleared: nothing is mapped there, as the guest finds it"), "l1-entry-no-table"),
     (
         Remedy("the L1 entry is given up", _CONTENT + ", in all that the table mapped"),
         "l2-unaligned l2-outside",
     ),
     (
         Remedy("the entry becomes a zero cluster, in version 2 an unallocated one", _CONTENT),
-        "data-unaligned data-outside compressed-outside compressed-data-file",
+        "data-unaligned zero-unaligned data-outside compressed-outside compressed-data-file",
     ),
-    (Remedy("the entry becomes a plain zero cluster: the guest reads the same"), "zero-unaligned"),
     (Remedy("the flag is cleared"), "compressed-copied"),
     (
         Remedy("the subcluster bitmap is cleared", "if the compressed flag is the damage, the data cannot be unpacked"),

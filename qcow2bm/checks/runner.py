@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..format.faults import Weight
 from ..format.header import UNKNOWN_INCOMPATIBLE, Header
 from ..image.file import ImageFile
 from ..image.references import Kind, single_structures
+from .earlier import earlier_states
 from .model import Allocation, Finding, Report, Tally
 from .owners import OwnerSearch
 from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
@@ -23,8 +25,10 @@ DEFAULT_LIMIT = 100
 """Findings of each problem that are kept."""
 
 _SHARED = frozenset({"clusters-shared", "metadata-overlap", "bitmap-clusters-shared"})
-_OF_CLUSTERS = _SHARED | {"refcount-too-low", "leak", "leak-unproven", "copied-l1", "copied-l2"}
-
+_OF_CLUSTERS = _SHARED | {"refcount-too-low", "leak", "leak-doubtful", "leak-unproven", "copied-l1", "copied-l2"}
+_NONSENSE = frozenset({"l1-entry-reserved", "l2-unaligned", "l2-entry-reserved", "data-unaligned", "zero-unaligned"})
+"""What entries come to that are read in the wrong way."""
+_HELD = ("leak-unproven", "leak-doubtful", "leak-lost-table")
 
 Passes = tuple[Callable[[View], Iterator[Finding]], ...]
 
@@ -133,6 +137,7 @@ class Inspection:
         for run in passes:
             for finding in run(self.view):
                 self.view.hidden = self.view.hidden or finding.problem.hides
+                self.view.nonsense += finding.count if finding.code in _NONSENSE else 0
                 yield finding
 
 
@@ -171,7 +176,24 @@ def inspect(
     if any(fault.weight is Weight.FATAL for fault in faults):
         return Inspection(file.path, locked, fields, early=tuple(header.header_faults(faults)))
     image = damaged_image(file, fields, data, locked=locked)
-    return Inspection(file.path, locked, fields, view=View(image, faults, as_qemu=as_qemu, progress=progress))
+    view = View(image, faults, as_qemu=as_qemu, progress=progress)
+    view.held_before = partial(_held_before, file)
+    return Inspection(file.path, locked, fields, view=view)
+
+
+def _held_before(file: ImageFile, leaked: Container[int]) -> bool:
+    """True if a repair of ours has held back some of the clusters that are leaked: the damage it mended was the reason.
+
+    That is read from the image as it was before, which an undo file beside it tells.
+    """
+    for earlier in earlier_states(file):
+        with contextlib.closing(earlier):
+            for finding in inspect(earlier, locked=True).findings((*OPENING, *CHECKING, leaks.leaks)):
+                if finding.code in _HELD:
+                    first = finding.values["first"]
+                    if any(cluster in leaked for cluster in range(first, first + finding.count)):
+                        return True
+    return False
 
 
 def _name_owners(view: View, tally: Tally, *, everything: bool) -> None:

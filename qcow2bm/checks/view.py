@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from .stored import StoredRefcounts
 
 Progress = Callable[[int, int], None]
 
+_NONSENSE = 8
+"""Entries of the mapping that may be nonsense, in a small image, before the header is doubted."""
 _REPEATED = 1 << 10
 """Visits of one table up to which a finding is repeated for each."""
 
@@ -73,8 +75,16 @@ class View:
         bitmaps: left by the directory's pass: those whose tables are looked at.
         allocation: statistics, left by several passes.
         leaks: runs of clusters without any reference, left for the pass that names them.
+        overcounted: the same of clusters with a reference, and a refcount above the number of them.
+        undercounted: how many clusters have a refcount below the number of their references.
+        unseen: True if nobody has looked at all of the leaked clusters.
+        nonsense: entries of the mapping that cannot be what they should be; counted by whoever takes the findings.
+        leak_doubt: left by the leaks' pass: why they may be no leaks although all could be read.
+        header_doubt: left by the leaks' pass: what in the header contradicts the tables.
         complete: False once a pass had to leave something out.
         hidden: True once a problem was found that cuts clusters off; set by whoever takes the findings.
+        held_before: says whether the image as it was before a repair of ours had leaks that were held back, and that
+            still are among those given; set by whoever knows how to look at it.
     """
 
     def __init__(self, image: Qcow2Image, faults: tuple[Fault, ...], *, as_qemu: bool, progress: Progress) -> None:
@@ -97,8 +107,15 @@ class View:
         self.bitmaps: list[StoredBitmap] = []
         self.allocation = Allocation()
         self.leaks: list[Mismatch] = []
+        self.overcounted: list[Mismatch] = []
+        self.undercounted = 0
+        self.unseen = False
+        self.nonsense = 0
+        self.leak_doubt: str | None = None
+        self.header_doubt: str | None = None
         self.complete = True
         self.hidden = False
+        self.held_before: Callable[[Container[int]], bool] = lambda _: False
 
     @property
     def blind(self) -> bool:
@@ -107,6 +124,16 @@ class View:
         qemu-img makes no such difference.
         """
         return not self.as_qemu and (self.hidden or not self.complete)
+
+    @property
+    def doubt(self) -> str | None:
+        """Why a field of the header may be wrong although it could be right, or None; known once all passes are done.
+
+        Whatever is then built upon the mapping may be written over what is sound.
+        """
+        if self.nonsense > max(_NONSENSE, self.allocation.allocated // 8):
+            return f"{self.nonsense} entries of the mapping are nonsense: a field of the header may be wrong"
+        return self.header_doubt
 
     def says_at_every_visit(self, visits: int) -> bool:
         """True if what is wrong with a table that is named so often is a finding each time, as qemu-img prints it.

@@ -29,6 +29,7 @@ _LEAKS = {
     "leak-lost-bitmap": (RepairClass.LOSSY, "give the clusters of lost bitmaps back"),
     "leak-lost-table": (RepairClass.GUESS, "give clusters back that look like a lost L2 table and its data"),
     "leak-unproven": (RepairClass.GUESS, "give clusters back that damage may have cut off"),
+    "leak-doubtful": (RepairClass.GUESS, "give clusters back that may be no leaks"),
 }
 
 
@@ -91,8 +92,7 @@ def _held(shop: Workshop) -> Iterator[_Run]:
 def lowered(shop: Workshop) -> Iterator[Proposal]:
     """Lower the counts that are too high: leaks."""
     for code in _LEAKS:
-        # What could not be followed may have been given up meanwhile, and is no better known for that.
-        kind, title = _LEAKS["leak-unproven" if code == "leak" and shop.blind else code]
+        kind, title = _LEAKS[_as_sure_as_ever(shop) if code == "leak" else code]
         found = shop.found(code)
         own, foreign = _told_apart([run for run in found if run.values["refcount"] == 1], shop.given_up)
         foreign += _told_apart([run for run in found if run.values["refcount"] != 1], set())[1]
@@ -105,6 +105,17 @@ def lowered(shop: Workshop) -> Iterator[Proposal]:
             if code == "leak-unproven":
                 step.refused = "what may have cut them off is still there"
             yield step, partial(_set, shop, foreign)
+
+
+def _as_sure_as_ever(shop: Workshop) -> str:
+    """What plain leaks are taken for.
+
+    What could not be followed may have been given up meanwhile, and is no better known for that. Nor is a doubt gone
+    that a step has made invisible.
+    """
+    if shop.blind:
+        return "leak-unproven"
+    return "leak-doubtful" if shop.doubtful else "leak"
 
 
 class _Run(NamedTuple):

@@ -74,7 +74,10 @@ def _step(title: str, found: list[Finding], kind: RepairClass = RepairClass.LOSS
 def _extension(shop: Workshop) -> Iterator[Proposal]:
     if found := shop.found("bitmaps-extension-missing"):
         title = "clear the autoclear bit for bitmaps: there are none"
-        yield _step(title, found), partial(_clear_autoclear, shop)
+        # Where bitmaps are lost, or a field of the header may be, the extension may be there and only not be found.
+        lost = bool(shop.view.doubt or shop.found("leak-lost-bitmap"))
+        kind = RepairClass.GUESS if lost else RepairClass.LOSSLESS
+        yield _step(title, found, kind), partial(_clear_autoclear, shop)
     if found := shop.found("bitmaps-extension-reserved"):
         yield _step("clear the reserved field of the bitmaps extension", found), partial(_clear_reserved, shop)
     if found := shop.found("bitmaps-extension-length"):
@@ -86,7 +89,7 @@ def _extension(shop: Workshop) -> Iterator[Proposal]:
 
 def _dropping(shop: Workshop, found: list[Finding]) -> Step:
     title = "drop the bitmaps extension: no bitmap can be found by it"
-    return _step(title, found, _quarantine_class(shop))
+    return _step(title, found, RepairClass.GUESS if shop.view.doubt else _quarantine_class(shop))
 
 
 def _quarantine_class(shop: Workshop) -> RepairClass:

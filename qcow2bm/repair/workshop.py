@@ -26,9 +26,7 @@ from .salvage import Salvaged
 _SEARCHED = 1 << 12
 """Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
 _L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
-_NONSENSE = ("l1-entry-reserved", "l2-unaligned", "l2-entry-reserved", "data-unaligned", "zero-unaligned")
-_MUCH = 64
-"""Nonsensical entries that are too many for a small image."""
+_ODD = ("l1-entry-reserved", "l2-unaligned", "l2-outside", "l2-entry-reserved", "data-unaligned")
 _SPARE = 1 << 16
 """Clusters beside twice the disk's that a file may grow to."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
@@ -60,6 +58,7 @@ class Workshop:
         progress: called with bytes read, and to read.
         blind: True if part of the image cannot be followed, or could not at some time: what nothing refers to may
             then be what the damage has cut off.
+        doubtful: True if leaks may be none for another reason, or could at some time.
         taken: clusters that steps have filled; they were free.
         given_up: clusters that nothing but what steps have taken out of the image used.
         uncounted: refcount blocks that steps have dropped.
@@ -73,6 +72,7 @@ class Workshop:
         self.file = file
         self.policy = policy
         self.blind = False
+        self.doubtful = False
         self.taken: set[int] = set()
         self.given_up: set[int] = set()
         self.uncounted: set[int] = set()
@@ -110,6 +110,7 @@ class Workshop:
                     found[finding.code].append(finding)
             self._dangling, self._shared = dangling.sorted(), _shared(found)
             self.blind = self.blind or inspection.view.blind
+            self.doubtful = self.doubtful or inspection.view.leak_doubt is not None
             self._first = self._first or inspection.view.image
         self._seen, self._findings, self._is_stale = inspection.view, dict(found), False
         return self._findings
@@ -151,17 +152,18 @@ class Workshop:
     def mapping_doubt(self) -> str | None:
         """Why nothing may be built upon the mapping, or None.
 
-        An L1 table whose place or length is wrong, or entries most of which are nonsense, are what a damaged field of
-        the header looks like: whatever is written then may be written over what is sound.
+        An L1 table whose place or length is wrong, or that is not alone where it is, and tables that contradict the
+        header, are what a damaged field of the header looks like: whatever is written then may be written over what is
+        sound.
         """
         lost = self.found(*_L1_DAMAGE)
         if lost:
             return f"the active L1 table is damaged ({lost[0].code}), so nobody knows what is mapped where"
-        nonsense = sum(finding.count for finding in self.found(*_NONSENSE))
-        most = max(_MUCH, self.view.allocation.allocated // 8)
-        if nonsense > most and not self.policy.allows(RepairClass.GUESS):
-            return f"{nonsense} entries of the mapping are nonsense: a field of the header may be wrong"
-        return None
+        if self.policy.allows(RepairClass.GUESS):
+            return None
+        if not self.owns(self.view.header.l1_table_offset) and (odd := self.found(*_ODD)):
+            return f"the active L1 table is in a cluster of something else, and wrong ({odd[0].code}): is it there?"
+        return self.view.doubt
 
     @property
     def as_found(self) -> Qcow2Image | None:
@@ -264,7 +266,7 @@ class Workshop:
 
     def _free_inside(self, view: View, count: int) -> int | None:
         """The lowest clusters of the file that are free beyond doubt: counted 0, without any reference."""
-        if self.blind:
+        if self.blind or self.doubtful:
             return None
         start, stop = self._searched, min(self._searched + _SEARCHED, view.geometry.clusters(self.file.base.size))
         length = 0

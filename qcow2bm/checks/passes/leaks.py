@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from heapq import merge
+from operator import attrgetter
 from typing import NamedTuple
 
 from ...format.text import decode_name
 from ..census import Mismatch
 from ..clusters import mismatch
+from ..doubts import header_doubt, leak_doubt
 from ..lost import Leaked, bitmap_places, lost_directories, lost_tables
 from ..model import Finding
 from ..view import View
@@ -26,23 +29,34 @@ class Owner(NamedTuple):
 
 
 _NOBODY = Owner(None)
+_TABLE = Owner("leak-lost-table", " (they look like a lost L2 table and its data)")
 _Owned = dict[int, Owner]
 
 
 def leaks(view: View) -> Iterator[Finding]:
-    """The leaks that the comparison has left, in parts of one owner each."""
-    if not view.leaks:
+    """The leaks that the comparison has left, in parts of one owner each. Leaves `leak_doubt` and `header_doubt`."""
+    leaked = Leaked(view.leaks)
+    view.header_doubt = header_doubt(view, leaked)
+    if not view.leaks and not view.overcounted:
         return
     owned = _detached(view) if not view.directory.attached else {}
-    leaked = Leaked(view.leaks)
     if not owned:
         owned = _lost(view, leaked)
     if not view.blind:  # else any of them may be
         _add_lost_tables(view, leaked, owned)
+        _weigh(view, leaked, owned)
     known = sorted(owned)
-    for run in view.leaks:
+    for run in merge(view.leaks, view.overcounted, key=attrgetter("first")):
         for part, owner in _parts(run, owned, known):
             yield mismatch(view, part, owner.code, owner.phrase, owner.bitmap)
+
+
+def _weigh(view: View, leaked: Leaked, owned: _Owned) -> None:
+    """See what speaks against taking leaks for leaks."""
+    has_table = any(owner.code == _TABLE.code for owner in owned.values())
+    ownerless = len(leaked) - sum(cluster in leaked for cluster, owner in owned.items() if owner.code != _TABLE.code)
+    plain = ownerless + sum(run.count for run in view.overcounted)
+    view.leak_doubt = view.leak_doubt or view.header_doubt or leak_doubt(view, leaked, plain, has_table=has_table)
 
 
 def _parts(run: Mismatch, owned: _Owned, known: list[int]) -> Iterator[tuple[Mismatch, Owner]]:
@@ -93,11 +107,10 @@ def _lost(view: View, leaked: Leaked) -> _Owned:
 
 def _add_lost_tables(view: View, leaked: Leaked, owned: _Owned) -> None:
     """The clusters that look like an L2 table whose L1 entry is lost, and those that it refers to."""
-    owner = Owner("leak-lost-table", " (they look like a lost L2 table and its data)")
     for table, data in lost_tables(view, leaked):
-        if table not in owned:
+        if owned.get(table, _TABLE) is _TABLE:  # a lost L1 table may have named it
             for cluster in (table, *data)[: max(0, _OWNED - len(owned))]:
-                owned.setdefault(cluster, owner)
+                owned.setdefault(cluster, _TABLE)
 
 
 def _own(view: View, owned: _Owned, places: Iterable[tuple[int, int]], owner: Owner) -> None:

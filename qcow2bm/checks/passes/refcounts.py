@@ -14,7 +14,7 @@ from ..problems import found
 from ..view import View
 
 _KEPT_LEAKS = 1 << 16
-"""Runs of leaked clusters that are kept for a closer look."""
+"""Runs of leaked clusters, and of overcounted ones, that are kept for a closer look."""
 
 
 def refcount_blocks(view: View) -> Iterator[Finding]:
@@ -56,7 +56,7 @@ def refcount_blocks(view: View) -> Iterator[Finding]:
 
 
 def refcounts(view: View) -> Iterator[Finding]:
-    """The comparison, cluster by cluster. Leaves `leaks` and the image's end."""
+    """The comparison, cluster by cluster. Leaves `leaks`, `overcounted`, `undercounted` and the image's end."""
     census = view.census
     for cluster, references in census.overflows():
         offset = view.geometry.offset_of(cluster)
@@ -74,9 +74,15 @@ def _compared(view: View) -> Iterator[Finding]:
     for run in view.census.compare():
         if isinstance(run, Overlap):
             yield overlap(view, run)
-        elif run.stored > run.references == 0 and not view.as_qemu and len(view.leaks) < _KEPT_LEAKS:
-            view.leaks.append(run)
+        elif run.stored > run.references and not view.as_qemu:
+            kept = view.overcounted if run.references else view.leaks
+            if len(kept) < _KEPT_LEAKS:
+                kept.append(run)
+                continue
+            view.leak_doubt = "there are too many to see what each of them holds"
+            yield mismatch(view, run)
         else:
+            view.undercounted += run.count
             yield mismatch(view, run)
 
 
