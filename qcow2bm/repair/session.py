@@ -34,7 +34,7 @@ class Repair:
     plan: RepairPlan
     rolled_back: bool
 
-    def commit(self, *, undo: Path | None, progress: Progress | None = None) -> Report:
+    def commit(self, *, undo: str | os.PathLike[str] | None, progress: Progress | None = None) -> Report:
         """Carry the plan out, all of it or nothing; returns what a check of the image finds then.
 
         Args:
@@ -46,7 +46,7 @@ class Repair:
         if not self.plan.plan:
             return self.plan.after
         with naming(self.file.path):
-            carry_out(self.file, self.plan.plan, undo=undo, progress=progress)
+            carry_out(self.file, self.plan.plan, undo=None if undo is None else Path(undo), progress=progress)
             return check_file(self.file)
 
     @property

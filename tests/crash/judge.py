@@ -8,6 +8,7 @@ from pathlib import Path
 
 import qcow2bm
 from qcow2bm.errors import Qcow2bmError
+from qcow2bm.format.header import Autoclear
 from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import settle_interrupted
 from tests.support.qemu import check, guest_digest, read_bitmaps
@@ -16,6 +17,7 @@ from tests.support.states import Bitmaps, bitmaps
 SOUND = (0, 3)
 """What `qemu-img check` may say of an image that was sound: nothing wrong, or leaked clusters."""
 
+_REFUSED = 1
 HARMLESS = ("leak", "bitmap-detached")
 """What a power cut may leave: clusters that nobody uses, the extension of bitmaps that do not count yet or any more."""
 
@@ -29,19 +31,23 @@ class Truth:
         disk: digest of the disk as the mapping has it.
         damage: codes of what a check finds, but for what is harmless.
         status: what `qemu-img check` ends with.
+        read: digest of the disk as QEMU reads it; only of the states before and after.
     """
 
     bitmaps: Bitmaps | str
     disk: str
     damage: frozenset[str]
     status: int
+    read: str = ""
 
     @classmethod
-    def of(cls, image: Path, secret: str | None) -> Truth:
+    def of(cls, image: Path, secret: str | None, *, by_qemu: bool = False) -> Truth:
         """Read it all."""
         report = qcow2bm.check(image)
         damage = frozenset(finding.code for finding in report.findings if not finding.code.startswith(HARMLESS))
-        return cls(_bitmaps(image), _disk(image), damage, check(image, secret)["returncode"])
+        status = check(image, secret)["returncode"]
+        read = guest_digest(image, secret) if by_qemu and status != _REFUSED else ""
+        return cls(_bitmaps(image), _disk(image), damage, status, read)
 
 
 def _bitmaps(image: Path) -> Bitmaps | str:
@@ -56,10 +62,16 @@ def _disk(image: Path) -> str:
     digest = hashlib.sha256()
     try:
         with qcow2bm.open(image) as opened:
-            digest.update(opened.virtual_size.to_bytes(8, "big"))
+            size = opened.virtual_size
+            digest.update(size.to_bytes(8, "big"))
+            data = None if opened.data_file is None else image.with_name(opened.data_file).read_bytes()
+            if data is not None:
+                digest.update(data[:size].ljust(size, b"\0"))
+                if opened.qcow2.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA and len(data) < size:
+                    return "the raw data file is shorter than the disk"
             for run in opened.runs():
                 digest.update(f"{run.kind} {run.guest_offset} {run.length}".encode())
-                if run.host_offset is not None and opened.data_file is None:
+                if run.host_offset is not None and data is None:
                     digest.update(opened.qcow2.file.read_padded(run.host_offset, run.length))
     except Qcow2bmError as error:
         return str(error)
@@ -106,5 +118,6 @@ class Judge:
         ours = bitmaps(self._image)
         if read_bitmaps(self._image, secret=self._secret) != {name: list(ranges) for name, _, _, _, ranges in ours}:
             return "QEMU reads other bits"
-        guest_digest(self._image, self._secret)
+        if guest_digest(self._image, self._secret) not in (self._old.read, self._new.read):
+            return "QEMU reads another disk"
         return None

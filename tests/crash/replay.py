@@ -49,12 +49,12 @@ def replay(
         folder = Path(path)
         image = shape.make(folder)
         command.prepare(image, shape)
-        before, old = Folder.read(folder), Truth.of(image, shape.secret)
+        before, old = Folder.read(folder), Truth.of(image, shape.secret, by_qemu=True)
         with recorded(folder) as ops, quiet() as said:
             status = command.run(image, shape)
         if status not in command.status:
             return Outcome(bad=[f"the command itself ended with {status}: {said.getvalue().strip()}"])
-        judge = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
+        judge = Judge(image, shape.secret, old, Truth.of(image, shape.secret, by_qemu=True))
         chooser = choose(seed)
         found = [state for size in sectors for state in states(before, ops, size, chooser)]
         return _judged(judge, folder, _part(found, limit, seed))

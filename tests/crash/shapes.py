@@ -97,6 +97,7 @@ SHAPES = (
     Shape("internal snapshot", ("cluster_size=4k",), snapshots=True),
     Shape("overlay", ("cluster_size=4k", "backing_file=base.qcow2", "backing_fmt=qcow2")),
     Shape("data file", ("cluster_size=4k", "data_file=data.raw")),
+    Shape("raw data file", ("cluster_size=4k", "data_file=data.raw", "data_file_raw=on")),
     Shape("zstd", ("compression_type=zstd",), compressed=True),
     Shape("extension across sectors", alter=_straddle),
     Shape("extension behind", alter=_extended(0, 16)),

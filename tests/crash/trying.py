@@ -25,8 +25,10 @@ def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> 
         image = shape.make(folder)
         command.prepare(image, shape)
         before, old = Folder.read(folder), Truth.of(image, shape.secret)
-        with quiet():
-            command.run(image, shape)
+        with quiet() as said:
+            status = command.run(image, shape)
+        if status not in command.status:
+            return Outcome(bad=[f"the command itself ended with {status}: {said.getvalue().strip()}"])
         judge = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
         for number in count(0, every):
             before.write(folder)

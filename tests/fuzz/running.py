@@ -28,7 +28,7 @@ READING = (
     "check {image} --output json", "why {image} {name}", "repair {image} --dry-run --allow guess", "estimate {image}",
     "merge {image} {name} {other} --dry-run", "resize {image} +1M --dry-run", "resize {image} 512k --shrink --dry-run",
     "add {image} new --dry-run", "remove {image} --match * --dry-run", "export {image} {folder}/exported",
-    "diff {image} {image}", "qemu-img check -f qcow2 {image}", "qemu-img check --output=json -f qcow2 {image}",
+    "diff {folder}/zeroes {image}", "qemu-img check -f qcow2 {image}", "qemu-img check --output=json -f qcow2 {image}",
 )  # fmt: skip
 CHANGING = (
     "repair {image} --yes", "repair {image} --yes --allow lossy", "repair {image} --yes --allow guess --no-undo",
@@ -60,6 +60,7 @@ def try_one(generator: Generator, number: int, folder: Path) -> str | None:
         file.unlink()
     data = hostile(generator, number)
     image.write_bytes(data)
+    (folder / "zeroes").write_bytes(bytes(1 << 20))
     before = image.stat().st_mtime_ns
     said, status = _run([word.format(image=image, **words) for word in line.split()])
     wrong = _wrong(said, status)
