@@ -69,6 +69,7 @@ def _undoable(image: Path, _shape: Shape) -> None:
 def _exported(image: Path, _shape: Shape) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         assert __main__.main(["export", str(image), str(image.with_name("exported"))]) == 0
+        assert __main__.main(["clear", str(image), "--match", "*"]) == 0
 
 
 def _older(image: Path, shape: Shape) -> None:
@@ -142,7 +143,7 @@ COMMANDS = (
     Command("merge", "merge {image} c a b"),
     Command("merge, with undo", "merge {image} sum a b c --create --undo {undo}"),
     Command("copy", "copy {image}#a {image}#twin -g 512"),
-    Command("merge by subtract", "merge {image} a b c --op subtract"),
+    Command("merge by subtract", "merge {image} b a --op subtract"),
     Command("invert", "invert {image} b"),
     Command("resample", "resample {image} a -g 512"),
     Command("resample, coarser", "resample {image} --match * -g 1M"),

@@ -53,6 +53,6 @@ def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) 
         return f"half a call is no error, but it ended with {status}: {said!r}"
     if status not in FAILED:
         return f"it ended with {status}: {said!r}"
-    if image.name not in said:
-        return f"it does not name the image: {said!r}"
+    if not any(file.name in said for file in image.parent.iterdir()):
+        return f"it does not name the image, nor a file of it: {said!r}"
     return None
