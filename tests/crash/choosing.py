@@ -8,12 +8,14 @@ from itertools import combinations
 
 ALL_OF = 10
 """Sectors of which every set is tried."""
+EACH_OF = 128
+"""Sectors of which each is tried alone, and all but it; of more so many, evenly spread."""
 
 Choose = Callable[[int], Iterator[tuple[int, ...]]]
 
 
 def thorough(seed: int, rounds: int = 500) -> Choose:
-    """Every set of up to ten sectors; of more each alone, all but each, and `rounds` sets at random."""
+    """Every set of up to ten sectors; of more each alone, all but each (of very many some), and `rounds` at random."""
     chance = random.Random(seed)
 
     def choose(count: int) -> Iterator[tuple[int, ...]]:
@@ -23,7 +25,7 @@ def thorough(seed: int, rounds: int = 500) -> Choose:
             return
         yield ()
         yield tuple(range(count))
-        for place in range(count):
+        for place in range(0, count, -(-count // EACH_OF)):
             yield (place,)
             yield tuple(other for other in range(count) if other != place)
         for _ in range(rounds):

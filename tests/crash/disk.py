@@ -79,24 +79,24 @@ class Folder:
             if number in self.stamps:
                 os.utime(target, ns=(self.stamps[number], self.stamps[number]))
 
-    def copy(self) -> Folder:
-        """The same, to be changed."""
-        return Folder(dict(self.files), dict(self.names), dict(self.stamps))
-
-    def apply(self, op: Op) -> None:
-        """Let an operation reach the disk."""
-        if op.kind == "write":
-            data = bytearray(self.files.get(op.file, b""))
-            data.extend(bytes(max(0, op.end - len(data))))
-            data[op.offset : op.end] = op.data
-            self.files[op.file] = bytes(data)
-        elif op.kind == "truncate":
-            self.files[op.file] = self.files.get(op.file, b"")[: op.offset].ljust(op.offset, b"\0")
-        elif op.kind == "link":
-            self.names[op.name] = op.file
-            self.files.setdefault(op.file, b"")
-        elif op.kind == "unlink":
-            self.names.pop(op.name, None)
+    def after(self, ops: Iterable[Op]) -> Folder:
+        """The folder once these operations have reached the disk."""
+        names, changed = dict(self.names), dict[int, bytearray]()
+        for op in ops:
+            if op.kind == "link":
+                names[op.name] = op.file
+            elif op.kind == "unlink":
+                names.pop(op.name, None)
+            if op.kind in ("write", "truncate", "link") and op.file not in changed:
+                changed[op.file] = bytearray(self.files.get(op.file, b""))
+            if op.kind == "write":
+                data = changed[op.file]
+                data.extend(bytes(max(0, op.end - len(data))))
+                data[op.offset : op.end] = op.data
+            elif op.kind == "truncate":
+                changed[op.file] = changed[op.file][: op.offset].ljust(op.offset, b"\0")
+        files = self.files | {number: bytes(data) for number, data in changed.items()}
+        return Folder(files, names, self.stamps)
 
     def changes(self, op: Op) -> bool:
         """False for a write of what is there already."""
@@ -124,7 +124,7 @@ class State:
     @property
     def folder(self) -> Folder:
         """The folder itself; made when it is asked for, as there are many states of it."""
-        return _after(self.certain, self.reached)
+        return self.certain.after(self.reached)
 
 
 def states(before: Folder, ops: list[Op], sector: int, choose: Choose) -> Iterator[State]:
@@ -144,7 +144,7 @@ def states(before: Folder, ops: list[Op], sector: int, choose: Choose) -> Iterat
             pending.append(op)
             continue
         yield from _torn(f"before flush {number}", certain, pending, sector, choose)
-        certain = _after(certain, [other for other in pending if _is_flushed(other, op)])
+        certain = certain.after(other for other in pending if _is_flushed(other, op))
         pending = [other for other in pending if not _is_flushed(other, op)]
     yield State("done", certain, tuple(pending))
 
@@ -153,13 +153,6 @@ def _is_flushed(op: Op, by: Op) -> bool:
     if by.kind == "flush folder":
         return op.kind in ("link", "unlink")
     return op.kind in ("write", "truncate") and op.file == by.file
-
-
-def _after(certain: Folder, ops: Iterable[Op]) -> Folder:
-    folder = certain.copy()
-    for op in ops:
-        folder.apply(op)
-    return folder
 
 
 def _torn(where: str, certain: Folder, pending: list[Op], sector: int, choose: Choose) -> Iterator[State]:

@@ -25,10 +25,9 @@ def recorded(folder: Path) -> Iterator[list[Op]]:
         for name in _RECORDED:
             stack.enter_context(patch.object(os, name, getattr(recorder, name)))
         yield recorder.ops
-    seen, now = before, Folder.read(folder)
-    for op in recorder.ops:
-        seen.apply(op)
-    assert seen.key == now.key, "something was written in a way that the recorder does not see"
+    assert before.after(recorder.ops).key == Folder.read(folder).key, (
+        "something was written in a way that the recorder does not see"
+    )
 
 
 _RECORDED = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "link", "unlink", "rename", "replace")
