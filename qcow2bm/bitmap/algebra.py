@@ -8,8 +8,9 @@ byte, and marks no granule in which there is none. docs/bitmap-algebra.md works 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from ..format.geometry import Geometry, div_up
 from .bits import BitVector
@@ -47,18 +48,55 @@ def combine(op: Op, target: Grained, sources: Sequence[Grained], geometry: Geome
     return regrained(Grained(bits, work), target.granularity, geometry)
 
 
-def marking(ranges: Iterable[tuple[int, int]], granularity: int, geometry: Geometry) -> BitVector:
-    """Every bit that one of the byte ranges (start, end), all within the disk, touches."""
-    touched = ((start // granularity, div_up(end, granularity)) for start, end in joined(sorted(ranges)))
+class Ranges:
+    """Byte ranges (start, end) in order and apart, those that touch or overlap made one; 16 bytes for each."""
+
+    def __init__(self) -> None:
+        """None yet; see `of`."""
+        self._starts, self._ends = array("Q"), array("Q")
+
+    @classmethod
+    def of(cls, ranges: Iterable[tuple[int, int]]) -> Self:
+        """Take any ranges. There may be millions: those that come in order are never held otherwise."""
+        found = cls()
+        starts, ends = found._starts, found._ends
+        in_order, last, reach = True, 0, -1
+        for start, end in ranges:
+            if start < last:
+                in_order = False
+            last = start
+            if in_order and start <= reach:
+                ends[-1] = reach = max(reach, end)
+            else:
+                starts.append(start)
+                ends.append(end)
+                reach = end
+        return found if in_order else cls.of(sorted(found))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._starts, self._ends, strict=True)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def total(self) -> int:
+        """Bytes in all of them."""
+        return sum(self._ends) - sum(self._starts)
+
+
+def marking(ranges: Ranges, granularity: int, geometry: Geometry) -> BitVector:
+    """Every bit that one of the byte ranges, all within the disk, touches."""
+    touched = ((start // granularity, div_up(end, granularity)) for start, end in ranges)
     return BitVector.marked(geometry.bitmap_bits(granularity), geometry.cluster_size, joined(touched))
 
 
-def covering(ranges: Iterable[tuple[int, int]], granularity: int, geometry: Geometry) -> BitVector:
-    """Every bit whose bytes all lie in the byte ranges (start, end); the last one's end with the disk."""
+def covering(ranges: Ranges, granularity: int, geometry: Geometry) -> BitVector:
+    """Every bit whose bytes all lie in the byte ranges; the last one's end with the disk."""
     last = geometry.bitmap_bits(granularity)
     whole = (
         (div_up(start, granularity), last if end == geometry.virtual_size else end // granularity)
-        for start, end in joined(sorted(ranges))
+        for start, end in ranges
     )
     return BitVector.marked(last, geometry.cluster_size, (run for run in whole if run[0] < run[1]))
 

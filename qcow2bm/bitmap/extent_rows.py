@@ -26,11 +26,16 @@ def rows(text: str, size: int | None) -> Iterator[tuple[str, Row]]:
     Raises:
         UsageError: it is neither JSON nor CSV, or ends in the middle of a row.
     """
-    return _json_rows(text, size) if text.lstrip()[0] in "[{" else _csv_rows(text)
+    found = _VISIBLE.search(text)
+    return _json_rows(text, size) if found is not None and found[0] in "[{" else _csv_rows(text)
 
+
+_VISIBLE = re.compile(r"\S")
 
 # JSON
 
+_DIGITS = 20
+"""A number of bytes has no more."""
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -39,7 +44,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _integer(text: str) -> int:
-    return int(text) if len(text) <= 20 else _refuse(text)
+    return int(text) if len(text) <= _DIGITS else _refuse(text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -145,7 +150,6 @@ def _document(reader: _Reader, size: int | None) -> Iterator[tuple[str, Row]]:
 
 # CSV
 
-_BYTES = re.compile(r"[0-9]{1,20}", re.ASCII)
 _BOOLEANS = {"true": True, "false": False}
 _HEADS = (("offset", "length"), ("offset", "length", "dirty"))
 
@@ -157,17 +161,22 @@ def _csv_rows(text: str) -> Iterator[tuple[str, Row]]:
             "the last line of the list of extents is not ended: it may be cut short", hint="end it with a newline"
         )
     names: tuple[str, ...] = _HEADS[0]
-    for number, found in enumerate(re.finditer(r"[^\n]*\n", text), 1):
-        place = f"line {number}"
-        fields = tuple(field.strip() for field in found[0].split(","))
-        if number == 1 and fields in _HEADS:
-            names = fields
+    at, number = 0, 0
+    while at < len(text):
+        end = text.index("\n", at)
+        fields = [field.strip() for field in text[at:end].split(",")]
+        at, number = end + 1, number + 1
+        if number == 1 and tuple(fields) in _HEADS:
+            names = tuple(fields)
             continue
+        place = f"line {number}"
         if len(fields) != len(names):
             raise UsageError(f"{place} has {len(fields)} fields, not {len(names)} ({','.join(names)})", hint=KNOWN)
-        yield place, {name: _field(field) for name, field in zip(names, fields, strict=True)}
+        yield place, dict(zip(names, map(_field, fields), strict=True))
 
 
 def _field(text: str) -> object:
     """A number or a truth value; anything else stays text, which no row may hold."""
-    return int(text) if _BYTES.fullmatch(text) else _BOOLEANS.get(text, text)
+    if text.isdigit() and text.isascii() and len(text) <= _DIGITS:
+        return int(text)
+    return _BOOLEANS.get(text, text)

@@ -87,9 +87,11 @@ def choose(image: Qcow2Image, names: Iterable[str] = (), *, stale: bool = False)
     if not wanted:
         directory.require_undamaged()
         found = tuple(bitmap for bitmap in directory.bitmaps if _is_fit(bitmap, stale=stale))
-        if not found:
-            raise BitmapNotFoundError("there is no bitmap to export", hint="`qcow2bm list` shows what there is")
-        return found
+        if found:
+            return found
+        for bitmap in directory.bitmaps:  # why not this one will do for all
+            _refuse(bitmap)
+        raise BitmapNotFoundError("there is no bitmap to export", hint="`qcow2bm list` shows what there is")
     chosen = tuple(directory.find(name) for name in wanted)
     for bitmap in chosen:
         if not _is_fit(bitmap, stale=stale):

@@ -26,7 +26,7 @@ class ImportPolicy:
         replace: one that has the name already is removed first, whatever its state.
         granularity: another one for a new bitmap; whatever was dirty stays dirty.
         recording: whether QEMU tracks writes in it; None for as it was, and not if it is stale.
-        stale: also bitmaps that were marked as stale when they were exported.
+        stale: also bitmaps that were marked as stale when they were exported; they come in without recording.
         force_lineage: also bitmaps that are not known to be of this disk as it is.
         untouched: not even if nothing but bitmaps need have been written since, for clusters may have been rewritten.
     """
@@ -45,6 +45,11 @@ class ImportPolicy:
             raise UsageError("--merge keeps what is there, and --replace does not: choose one")
         if self.force_lineage and self.untouched:
             raise UsageError("--force-lineage does not look at the image, and --untouched does: choose one")
+        if self.stale and self.recording:
+            raise UsageError(
+                "--stale takes bitmaps that may lack writes, and --enabled would make them count as if they did not",
+                hint="leave one out",
+            )
 
 
 _PLAIN = ImportPolicy()

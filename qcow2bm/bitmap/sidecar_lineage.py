@@ -6,7 +6,8 @@ bitmaps, refcounts and snapshots leave it as it is; a guest that writes to a clu
 one, changes it, and so does a copy by `qemu-img convert`.
 
 A guest that rewrites clusters in place does not change it. The time stamp of the file tells that something was
-written, though not what: so it is a reason to warn and no more.
+written, though not what: so it is a reason to warn and no more. It tells nothing where writes go elsewhere, to an
+external data file, nor if somebody set it back (`cp -p`, `rsync -t`).
 """
 
 from __future__ import annotations
@@ -87,8 +88,12 @@ def _relevant(image: Qcow2Image) -> bitarray:
 
 
 def time_stamp(image: Qcow2Image) -> int:
-    """When the image file was last written to, in nanoseconds since 1970; 0 of a device, which has no such time."""
-    return 0 if image.file.is_device else os.fstat(image.file.fd).st_mtime_ns
+    """When the image file was last written to, in nanoseconds since 1970; 0 if it has no such time that tells.
+
+    A device has none. With an external data file a guest may rewrite all of its clusters there, and this file stays
+    as it is; the time stamp of the other would not do, as writers need not go through the image.
+    """
+    return 0 if image.file.is_device or image.header.has_data_file else os.fstat(image.file.fd).st_mtime_ns
 
 
 class Standing(Enum):
@@ -97,7 +102,7 @@ class Standing(Enum):
     UNTOUCHED = "untouched"
     """Nothing was written to its file since."""
     SAME_MAPPING = "same-mapping"
-    """Its clusters are where they were; but something was written to its file, bitmaps or rewritten clusters."""
+    """Its clusters are where they were; but something was written, bitmaps or rewritten clusters, or nothing tells."""
     OTHER = "other"
     """It is another image, or a guest has written to it since."""
 

@@ -10,20 +10,20 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any
 
 from ..errors import ExportFileError, UsageError, naming
 from ..format.geometry import div_up, is_power_of_two
 from ..format.limits import MAX_BITMAP_BYTES, MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
-from ..format.sidecar import CHUNK_BYTES, DIGEST_BYTES, MAGIC, Encoding, chunk_count, chunk_size
+from ..format.sidecar import CHUNK_BYTES, MAGIC, Encoding, chunk_count, chunk_size
 from ..image.export_file import Input
 from ..image.image import Qcow2Image
-from .algebra import marking
+from .algebra import Ranges, marking
 from .bits import BitVector
 from .chunks import ONES, Constant
-from .extents import MAX_LIST_BYTES, parse_extents
+from .extents import MAX_LIST_BYTES, Where, decoded, parse_extents
 from .sidecar import Exported, Progress, lineage_of, named
 from .sidecar_digest import Sum, runs
+from .sidecar_json import OURS, find_sealed, sealed_json
 from .sidecar_lineage import Lineage, require_size
 from .sidecar_model import Export, ExportedBitmap, StoredRuns
 from .store import State, StoredBitmap
@@ -42,11 +42,17 @@ class Form(StrEnum):
     """The bits of one bitmap, the least significant of a byte first, as in the image."""
 
 
-STARTS = {Form.QCOW2BM: MAGIC, Form.JSON: b"{", Form.CSV: b"offset,length", Form.RAW: b""}
-"""What files of each form start with."""
+KNOWN_BY: dict[Form, re.Pattern[bytes] | None] = {
+    Form.QCOW2BM: re.compile(re.escape(MAGIC)),
+    Form.JSON: OURS,
+    Form.CSV: re.compile(rb"offset,length,dirty\n(?:\d|\Z)"),
+    Form.RAW: None,
+}
+"""How files of each form begin that we wrote. Bare bits may be anything: a disk, a firmware's variables."""
+LARGEST = {Form.JSON: MAX_LIST_BYTES, Form.CSV: MAX_LIST_BYTES, Form.RAW: MAX_BITMAP_BYTES}
+"""Bytes that are read of a file of each form."""
 
 _FORMAT_VERSION = 1
-_LINEAGE = re.compile(r'"lineage"\s*:\s*')
 _ONES = b"\xff" * CHUNK_BYTES
 
 
@@ -108,7 +114,7 @@ def _json(
         "granularity": said.granularity,
         "bytes-on-disk": bitmap.bytes_on_disk,
         "virtual-size": lineage.virtual_size,
-        "lineage": lineage_json(lineage) | exported_json(said),
+        "lineage": sealed_json(lineage, said),
     }
     yield json.dumps(document, indent=2)[:-2].encode() + b',\n  "extents": ['
     separator = "\n    "
@@ -116,31 +122,6 @@ def _json(
         yield (separator + json.dumps({"offset": offset, "length": length, "dirty": dirty})).encode()
         separator = ",\n    "
     yield b"\n  ]\n}\n"
-
-
-def lineage_json(lineage: Lineage) -> dict[str, object]:
-    """What is known of the image, for a JSON document."""
-    return {
-        "image-id": lineage.image_id.hex(),
-        "image-name": lineage.image,
-        "virtual-size": lineage.virtual_size,
-        "cluster-size": lineage.cluster_size,
-        "made-ns": lineage.made_ns,
-        "mtime-ns": lineage.mtime_ns,
-        "tool": lineage.tool,
-    }
-
-
-def exported_json(bitmap: Exported | ExportedBitmap) -> dict[str, object]:
-    """What is said of a bitmap, for a JSON document."""
-    return {
-        "name": bitmap.name,
-        "granularity": bitmap.granularity,
-        "recording": bitmap.recording,
-        "stale": bitmap.stale,
-        "dirty-bytes": bitmap.dirty_bytes,
-        "digest": bitmap.digest.hex(),
-    }
 
 
 def _raw(bits: BitVector) -> Iterator[bytes]:
@@ -163,7 +144,13 @@ def _raw(bits: BitVector) -> Iterator[bytes]:
 
 
 def read_extent_file(
-    source: Input, form: Form, image: Qcow2Image, *, name: str | None, granularity: int | None
+    source: Input,
+    form: Form,
+    image: Qcow2Image,
+    *,
+    name: str | None,
+    granularity: int | None,
+    where: Where | None = None,
 ) -> Export:
     """One bitmap from JSON or CSV extents, or from bare bits. Closed with the result.
 
@@ -171,26 +158,30 @@ def read_extent_file(
         image: the image it is for; the size of the disk is nowhere else.
         name: what to call it; JSON that we wrote knows its name.
         granularity: of the bits. JSON that we wrote knows it, and for other extents the image's default is taken.
+        where: which rows of a list that somebody else made count, as `parse_extents` takes it.
 
     Raises:
-        UsageError: name or granularity are missing, or the file is no list of extents of this disk.
+        UsageError: name or granularity are missing, or the file is no list of extents of this disk, or a map that
+            needs `where`.
         ExportFileError: bits are missing or too many, or the JSON was changed since we wrote it.
         BitmapSizeMismatchError: the JSON is about a disk of another size.
     """
     if form is Form.RAW:
         return Export(source, None, (_read_raw(source, image, name, granularity),))
-    data = source.read_rest(MAX_LIST_BYTES)
-    known = _lineage_in(data) if form is Form.JSON else None
+    text = decoded(source.read_rest(MAX_LIST_BYTES))
+    known = find_sealed(text) if form is Form.JSON else None
     if known is not None:
         require_size(known[0].virtual_size, image)
+        if where not in (None, Where.DIRTY):
+            raise UsageError("--where is about lists that other programs made", hint=f"{source.name} is an export")
     if known is None and name is None:
         raise UsageError(f"{source.name} does not say what its bitmap is called", hint="name it with --as")
     finest = image.geometry.default_granularity if granularity is None else granularity
     said = _unsaid(name or "", finest) if known is None else known[1]
     _require_possible(said.granularity, image)
     size = image.geometry.virtual_size
-    ranges = ((offset, offset + length) for offset, length in parse_extents(data, size=size))
-    bits = marking(ranges, said.granularity, image.geometry)
+    ranges = ((offset, offset + length) for offset, length in parse_extents(text, where=where, size=size))
+    bits = marking(Ranges.of(ranges), said.granularity, image.geometry)
     found = _bitmap(source, said, bits, size)
     if known is not None and (found.digest, found.dirty_bytes) != (said.digest, said.dirty_bytes):
         raise ExportFileError(
@@ -231,56 +222,6 @@ def _require_possible(granularity: int, image: Qcow2Image) -> None:
             f"at granularity {granularity} a bitmap of this disk is above {MAX_BITMAP_BYTES} bytes",
             hint="choose a larger one with -g",
         )
-
-
-def _lineage_in(data: bytes) -> tuple[Lineage, Exported] | None:
-    """The lineage in a JSON document that we wrote; None in one of somebody else.
-
-    Raises:
-        ExportFileError: there is one, and it is damaged.
-    """
-    text = data.decode("utf-8", "replace")
-    place = _LINEAGE.search(text)
-    if place is None:
-        return None
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text, place.end())
-        return _lineage_from(found)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ExportFileError("the lineage in the JSON is damaged", hint="export the bitmap again") from error
-
-
-def _lineage_from(found: dict[str, Any]) -> tuple[Lineage, Exported]:
-    """Raises ValueError, KeyError or TypeError for anything that is not as `lineage_json` had it."""
-    numbers = {key: found[key] for key in ("virtual-size", "cluster-size", "made-ns", "mtime-ns", "granularity")}
-    numbers["dirty-bytes"] = found["dirty-bytes"]
-    texts = {key: found[key] for key in ("image-name", "tool", "name")}
-    flags = {key: found[key] for key in ("recording", "stale")}
-    digests = {key: bytes.fromhex(found[key]) for key in ("image-id", "digest")}
-    if (
-        any(type(value) is not int for value in numbers.values())  # True is an int as well
-        or any(not isinstance(value, str) for value in texts.values())
-        or any(not isinstance(value, bool) for value in flags.values())
-        or any(len(value) != DIGEST_BYTES for value in digests.values())
-    ):
-        raise ValueError
-    lineage = Lineage(
-        image_id=digests["image-id"],
-        virtual_size=numbers["virtual-size"],
-        cluster_size=numbers["cluster-size"],
-        made_ns=numbers["made-ns"],
-        mtime_ns=numbers["mtime-ns"],
-        tool=texts["tool"],
-        image=texts["image-name"],
-    )
-    return lineage, Exported(
-        name=texts["name"],
-        granularity=numbers["granularity"],
-        recording=flags["recording"],
-        stale=flags["stale"],
-        dirty_bytes=numbers["dirty-bytes"],
-        digest=digests["digest"],
-    )
 
 
 def _read_raw(source: Input, image: Qcow2Image, name: str | None, granularity: int | None) -> ExportedBitmap:

@@ -12,8 +12,9 @@ import typer
 
 from .. import api
 from ..bitmap.sidecar import Exported, choose, export_to
+from ..bitmap.sidecar_json import exported_json, lineage_json
 from ..bitmap.sidecar_lineage import Lineage
-from ..bitmap.sidecar_text import STARTS, Form, exported_json, lineage_json, lines
+from ..bitmap.sidecar_text import KNOWN_BY, Form, lines
 from ..bitmap.store import StoredBitmap
 from ..errors import UsageError, naming
 from ..image.export_file import NewFile
@@ -21,7 +22,7 @@ from .completion import bitmap_names
 from .options import ImageArgument, MatchOption, OutputOption, ProgressOption
 from .output import Output, print_json, warn
 from .progress import ProgressBar
-from .reading import reading
+from .reading import reading_alone
 from .references import same_file
 from .sizes import human_size
 from .terminal import is_terminal, printable
@@ -48,7 +49,9 @@ StaleOption = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace FILE, if it is an export.", show_default=False)]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Replace FILE, if it is an export; raw is known by nothing.", show_default=False)
+]
 
 
 def export(
@@ -70,7 +73,8 @@ def export(
     """
     file = Path(target)
     _require_sense(image, file, output)
-    with reading(image, force_share=False) as opened:
+    hint = "shut the VM down first: a bitmap that it records in is not whole before that"
+    with reading_alone(image, hint) as opened:
         with naming(image):
             chosen = _chosen(opened, bitmaps or [], match or [], stale=stale)
         _require_file(opened, target, form, chosen)
@@ -126,7 +130,7 @@ def _stream(file: Path, form: Form, *, force: bool) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    with NewFile(file, force=force, like=STARTS[form]) as out:
+    with NewFile(file, force=force, like=KNOWN_BY[form]) as out:
         yield out
 
 

@@ -14,18 +14,20 @@ import typer
 
 from .. import api
 from ..bitmap.edit import Edit
+from ..bitmap.extents import Where
 from ..bitmap.sidecar_import import ImportPolicy
 from ..bitmap.sidecar_import import import_bitmaps as add
+from ..bitmap.sidecar_json import exported_json, lineage_json
 from ..bitmap.sidecar_lineage import Lineage, Standing
 from ..bitmap.sidecar_model import Export, ExportedBitmap
 from ..bitmap.sidecar_reader import read_from
-from ..bitmap.sidecar_text import Form, exported_json, lineage_json, read_extent_file
+from ..bitmap.sidecar_text import LARGEST, Form, read_extent_file
 from ..errors import BitmapNotFoundError, UsageError, naming
 from ..image.export_file import Input
 from .change import How, change, changing
 from .options import GranularityOption, MatchOption
 from .output import Column, Output, print_json, print_pairs, print_table, warn
-from .reading import reading
+from .reading import reading_alone
 from .sizes import exact_size, human_size, percent
 
 STREAM = Path("-")
@@ -81,6 +83,13 @@ UntouchedOption = Annotated[
         "--untouched", help="Refuse also if the image file was written to at all since the export.", show_default=False
     ),
 ]
+WhereOption = Annotated[
+    Where | None,
+    typer.Option(
+        "--where", show_default=False,
+        help="Which rows of another program's list count. Needed for a map with zeroes that may have been written.",
+    ),
+]  # fmt: skip
 
 _COLUMNS = (
     Column("NAME", flexible=True),
@@ -92,12 +101,13 @@ _COLUMNS = (
 )
 _STANDING = {
     Standing.UNTOUCHED: "untouched since the export",
-    Standing.SAME_MAPPING: "the mapping is the same; the file was written to since the export",
+    Standing.SAME_MAPPING: "the mapping is the same; the file was written to since the export, or has no time stamp "
+    "that tells",
     Standing.OTHER: "another image, or one that a guest has written to since the export",
 }
 _IN_PLACE = (
-    "its clusters are where they were, but the file was written to since the export: if not only its bitmaps were "
-    "changed, but a guest has rewritten clusters in place, the imported bitmaps lack that"
+    "its clusters are where they were, but the file was written to since the export, or has no time stamp that tells: "
+    "if not only its bitmaps were changed, but a guest has rewritten clusters in place, the imported bitmaps lack that"
 )
 
 
@@ -110,6 +120,7 @@ def import_bitmaps(
     match: MatchOption = None,
     show: ListOption = False,
     form: FormOption = Form.QCOW2BM,
+    where: WhereOption = None,
     new_name: AsOption = None,
     merge: MergeOption = False,
     replace: ReplaceOption = False,
@@ -125,12 +136,15 @@ def import_bitmaps(
     Refused if anything in the file is damaged, or if the image is not the one they were exported from with its
     clusters where they were: by then a guest has written what they do not mark, and an incremental backup would miss
     it. Clusters that a guest has rewritten in place are not noticed; if the file was written to at all, a warning says
-    so, and --untouched refuses. Changes of bitmaps, refcounts and snapshots do no harm.
+    so, and --untouched refuses. Changes of bitmaps, refcounts and snapshots do no harm. No time stamp tells of a block
+    device or an external data file, and one that was set back deceives.
 
     With -g new bitmaps get another granularity; whatever was dirty stays dirty. Lists of extents as other programs
     print them (--format json or csv) and bare bits (raw) know no lineage and need --force-lineage.
     """
     policy = ImportPolicy(merge, replace, granularity, recording, stale, force_lineage, untouched)
+    if where is not None and form not in (Form.JSON, Form.CSV):
+        raise UsageError("--where is about lists that other programs made", hint="they are --format json or csv")
     if show:
         if bitmaps or match or new_name is not None or policy != ImportPolicy() or how.dry_run or how.undo is not None:
             raise UsageError("--list shows all and changes nothing: it goes without options of the import")
@@ -138,16 +152,21 @@ def import_bitmaps(
     if file is None:
         raise UsageError("no FILE is named", hint="write `qcow2bm import IMAGE FILE`, - for standard input")
     with _opened(file) as source:
-        # An export file is read before the image is opened: it may take long to come through a pipe.
+        # All is read before the image is opened: it may take long to come through a pipe, and from this very image.
         early = read_from(source) if form is Form.QCOW2BM else None
+        if form is not Form.QCOW2BM:
+            source.take_in(LARGEST[form])
 
         def edit(opened: api.Image, draft: Edit) -> None:
-            held = early or _read_extents(source, form, opened, name=new_name, granularity=granularity)
+            held = early or _read_extents(source, form, opened, name=new_name, granularity=granularity, where=where)
             names = [*(bitmaps or []), *_matching(held, match or [])]
             # What knows no lineage does not know its granularity either: -g has said it.
             how_in = policy if held.lineage is not None else dataclasses.replace(policy, granularity=None)
             if add(draft, held, names, policy=how_in, name=new_name) is Standing.SAME_MAPPING:
                 warn(_IN_PLACE, image)
+            for one in held.bitmaps:
+                if one.stale and (not names or one.name in names):
+                    warn(f"bitmap '{one.name}' was stale when it was exported: it may lack writes", image)
 
         return change(image, edit, how)
 
@@ -160,11 +179,13 @@ def _opened(file: Path) -> Input:
     return Input.of(sys.stdin.buffer, "standard input")
 
 
-def _read_extents(source: Input, form: Form, image: api.Image, *, name: str | None, granularity: int | None) -> Export:
+def _read_extents(
+    source: Input, form: Form, image: api.Image, *, name: str | None, granularity: int | None, where: Where | None
+) -> Export:
     """One bitmap in a form that other programs know. Ranges for a bitmap that is there are read as fine as it is."""
     if granularity is None and form is not Form.RAW and name is not None and name in image.bitmaps.names:
         granularity = image.bitmaps[name].granularity
-    return read_extent_file(source, form, image.qcow2, name=name, granularity=granularity)
+    return read_extent_file(source, form, image.qcow2, name=name, granularity=granularity, where=where)
 
 
 def _matching(held: Export, patterns: Sequence[str]) -> Iterator[str]:
@@ -207,7 +228,8 @@ def _list(image: Path | None, file: Path, form: Form, output: Output) -> int:
 def _standing(image: Path | None, lineage: Lineage) -> Standing | None:
     if image is None:
         return None
-    with reading(image, force_share=False) as opened, naming(image):
+    hint = "shut the VM down first, or list the file without the image"
+    with reading_alone(image, hint) as opened, naming(image):
         return lineage.standing(opened.qcow2)
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from .. import api
 from ..bitmap.store import State
-from ..errors import naming
+from ..errors import InUseError, naming
 from .output import Cell, JsonObject, warn
 from .sizes import human_size, percent
 
@@ -30,7 +30,18 @@ def reading(path: Path, *, force_share: bool) -> Iterator[api.Image]:
         yield image
 
 
-def named(path: Path, items: Iterable[T]) -> Iterator[T]:
+@contextlib.contextmanager
+def reading_alone(path: Path, hint: str) -> Iterator[api.Image]:
+    """An image opened to read, which nobody may write to meanwhile: for commands without -U, with their own hint."""
+    try:
+        with reading(path, force_share=False) as image:
+            yield image
+    except InUseError as error:
+        error.hint = hint
+        raise
+
+
+def named(path: str | Path, items: Iterable[T]) -> Iterator[T]:
     """`items`, with errors on the way told to be about the image at `path`, but not those of whoever takes them."""
     with naming(path):
         yield from items

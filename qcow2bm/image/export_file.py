@@ -1,14 +1,15 @@
 """Opening export files: a new one that is there whole or not at all, and one to read, which may come through a pipe.
 
 What is read is needed twice: once from its start to its end, to see that it is whole, and then in parts. What comes
-through a pipe is therefore kept in a nameless temporary file as it is read, and so never grows beyond what was already
-found to be in order.
+through a pipe is therefore kept in a nameless temporary file as it is read: of an export file no more than was already
+found to be in order, of any other form no more than the largest that there may be.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -21,6 +22,9 @@ from ..format.header import MAGIC as QCOW2_MAGIC
 from .undo_writer import sync_folder
 
 _PIECE = 1 << 20
+_HEAD = 64 << 10
+"""Bytes that are looked at to know a file."""
+_ANY = re.compile(b"")
 
 
 class NewFile:
@@ -30,12 +34,13 @@ class NewFile:
     on the way, nothing of it is left.
     """
 
-    def __init__(self, path: Path, *, force: bool = False, like: bytes = b"") -> None:
+    def __init__(self, path: Path, *, force: bool = False, like: re.Pattern[bytes] | None = _ANY) -> None:
         """Nothing is opened yet.
 
         Args:
             force: take the place of a file of that name.
-            like: what such a file starts with, if it is not empty: anything else was named by a slip of the finger.
+            like: how such a file begins, if it is not empty: anything else was named by a slip of the finger. None
+                if it cannot be known, and so no file is replaced.
 
         Raises:
             ExportFileError: there is one and `force` is off, or it is nothing that may be replaced.
@@ -85,26 +90,42 @@ class NewFile:
             self._temporary.replace(self._path)
         else:
             try:
-                os.link(self._temporary, self._path)  # unlike a rename, never over a file that has come meanwhile
+                self._link()  # unlike a rename, never over a file that has come meanwhile
             except FileExistsError:
                 raise ExportFileError(f"{self._path} is there already", hint="--force replaces it") from None
-            except OSError:  # a file system without hard links
-                self._temporary.rename(self._path)
         sync_folder(self._path)
 
+    def _link(self) -> None:
+        try:
+            os.link(self._temporary, self._path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links: take the name first, for which there is no other way
+            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+            try:
+                self._temporary.replace(self._path)
+            except BaseException:
+                self._path.unlink(missing_ok=True)
+                raise
 
-def _require_replaceable(path: Path, like: bytes) -> None:
+
+def _require_replaceable(path: Path, like: re.Pattern[bytes] | None) -> None:
     """Refuse to replace a device, a disk image, or any other file that is no export."""
     if path.exists() and not path.is_file():
         raise ExportFileError(f"{path} is no regular file", hint="write to - and let the shell do the rest")
     try:
         with path.open("rb") as old:
-            start = old.read(max(len(QCOW2_MAGIC), len(like)))
+            start = old.read(_HEAD)
     except FileNotFoundError:  # a link that leads nowhere
         return
     except OSError as error:
         raise from_os_error(error, path) from error
-    if start.startswith(QCOW2_MAGIC) or (start and not start.startswith(like)):
+    if start and like is None and not start.startswith(QCOW2_MAGIC):
+        raise ExportFileError(
+            f"{path} is there already, and nothing tells whether it is bare bits",
+            hint="remove it first, or choose another name",
+        )
+    if start.startswith(QCOW2_MAGIC) or (start and like is not None and not like.match(start)):
         what = "a qcow2 image" if start.startswith(QCOW2_MAGIC) else "something else than an export"
         raise ExportFileError(f"{path} is {what} and is not replaced", hint="choose another name")
 
@@ -122,6 +143,7 @@ class Input:
         self._stream = stream
         self._spool = spool
         self._own = False
+        self._taken = False
         self.name = name
         self.at = 0
 
@@ -133,9 +155,8 @@ class Input:
             ImageIOError: it cannot be opened.
         """
         try:
-            # O_NONBLOCK: opening a FIFO must not wait for its other end.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
-            os.set_blocking(fd, True)
+            # This waits for a FIFO's other end: without it, a FIFO whose writer comes later would read as empty.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
             stream = os.fdopen(fd, "rb", _PIECE)
         except OSError as error:
             raise from_os_error(error, path) from error
@@ -169,20 +190,37 @@ class Input:
             ImageIOError: the operating system refused.
         """
         parts = []
+        stream = self._spool if self._taken and self._spool is not None else self._stream
         try:
-            while length and (part := self._stream.read(length)):
+            while length and (part := stream.read(length)):
                 parts.append(part)
                 length -= len(part)
         except OSError as error:
             raise from_os_error(error, self.name) from error
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        if self._spool is not None:
+        if self._spool is not None and not self._taken:
             try:
                 self._spool.write(data)
             except OSError as error:
                 raise from_os_error(error, tempfile.gettempdir()) from error
         self.at += len(data)
         return data
+
+    def take_in(self, limit: int) -> None:
+        """Read what comes through a pipe to its end, before anything else is done; a regular file is left where it is.
+
+        Args:
+            limit: no more than this and a byte, which then tells that there is more.
+
+        Raises:
+            ImageIOError: the operating system refused.
+        """
+        if self._spool is None or self._taken:
+            return
+        while self.at <= limit and self.read(min(limit + 1 - self.at, _PIECE)):
+            pass
+        self._spool.seek(0)
+        self._taken, self.at = True, 0
 
     def read_rest(self, limit: int) -> bytes:
         """All that is left, but not more than `limit` bytes and one."""

@@ -184,9 +184,41 @@ def test_lists_of_other_programs_become_bitmaps(tmp_path: Path) -> None:
     """What is allocated, by qemu-img map, as a bitmap: all that was ever written."""
     image, file = recorded(tmp_path, 8), tmp_path / "file"
     file.write_bytes(qemu_img("map", "--output=json", image).stdout.encode())
-    done("import", image, file, "--format", "json", "--as", "allocated", "-g", "64k", "--force-lineage")
+    done(
+        "import",
+        image,
+        file,
+        "--format",
+        "json",
+        "--as",
+        "allocated",
+        "-g",
+        "64k",
+        "--force-lineage",
+        "--where",
+        "allocated",
+    )
     found = read_bitmaps(image)
     assert covers(found["allocated"], found["fine"][:-1])
+
+
+def test_zeroes_written_over_the_backing_file_are_not_left_out(tmp_path: Path) -> None:
+    """`qemu-img map IMAGE | qcow2bm import IMAGE -`: both have the image open in turn."""
+    base, image = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", base, "64M")
+    qemu_io(base, "write -P 1 0 64M")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", image)
+    qemu_io(image, "write -P 2 0 1M", "write -z 8M 4M")
+    listed = qemu_img("map", "--output=json", image).stdout.encode()
+    words = ("import", image, "-", "--format", "json", "--as", "here", "-g", "64k", "--force-lineage")
+    refused = qcow2bm_run(*words, data=listed)
+    assert (refused.returncode, b"--where allocated" in refused.stderr) == (64, True)
+    line = f"sleep 1; qemu-img map --output=json '{image}'"
+    program = [sys.executable, "-m", "qcow2bm", *map(str, words), "--where", "allocated"]
+    with subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE) as late:
+        subprocess.run(program, stdin=late.stdout, check=True)
+    assert late.returncode == 0
+    assert read_bitmaps(image)["here"] == [(0, 1 << 20), (8 << 20, 4 << 20)]
 
 
 @pytest.mark.parametrize("sample", [one for one in all_fixtures() if one.bitmaps], ids=lambda sample: sample.name)
@@ -198,7 +230,7 @@ def test_bitmaps_of_every_kind_of_image(sample: Fixture, tmp_path: Path) -> None
         names = [bitmap.name for bitmap in stored]
     if not names:
         refused = qcow2bm_run("export", image, file)
-        assert (refused.returncode, b"there is no bitmap to export" in refused.stderr) == (1, True)
+        assert (refused.returncode, b"--stale exports what is stored" in refused.stderr) == (4, True)
         return
     before = read_bitmaps(image, names, secret=sample.secret)
     with qcow2bm.open(image) as opened, file.open("wb") as stream:
@@ -297,7 +329,8 @@ def test_neither_works_on_an_image_that_a_vm_has_open(tmp_path: Path) -> None:
     image, file = recorded(tmp_path, 12), tmp_path / "file"
     data = exported(image)
     with StorageDaemon(image):
-        assert qcow2bm_run("export", image, file).returncode == 75
+        refused = qcow2bm_run("export", image, file)
+        assert (refused.returncode, b" -U" in refused.stderr) == (75, False)
         assert qcow2bm_run("import", image, "-", "--replace", data=data).returncode == 75
     assert not file.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.qcow2"]

@@ -15,7 +15,7 @@ from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2bm.bitmap.algebra import Grained, combine, covering, joined, marking, regrained
+from qcow2bm.bitmap.algebra import Grained, Ranges, combine, covering, joined, marking, regrained
 from qcow2bm.bitmap.bits import BitVector
 from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk, Inverted, Op, combined, inverted
 from qcow2bm.format.geometry import Geometry, div_up
@@ -234,11 +234,23 @@ def test_marking_touches_and_covering_fits(case: tuple[Geometry, list[tuple[int,
     geometry, ranges = case
     size = geometry.virtual_size
     within = {byte for start, end in ranges for byte in range(start, end)}
-    touched = Grained(marking(ranges, granularity, geometry), granularity)
+    packed = Ranges.of(ranges)
+    touched = Grained(marking(packed, granularity, geometry), granularity)
     assert bytes_of(touched, size) == rounded_out(within, granularity, size)
-    inside = Grained(covering(ranges, granularity, geometry), granularity)
+    inside = Grained(covering(packed, granularity, geometry), granularity)
     outside = set(range(size)) - within
     assert bytes_of(inside, size) == set(range(size)) - rounded_out(outside, granularity, size)
+
+
+@given(some_ranges())
+def test_packed_ranges_are_in_order_and_apart_however_they_come(case: tuple[Geometry, list[tuple[int, int]]]) -> None:
+    _, ranges = case
+    expected = ranges_of({byte for start, end in ranges for byte in range(start, end)})
+    for given_ones in (ranges, sorted(ranges), sorted(ranges, reverse=True)):
+        packed = Ranges.of(iter(given_ones))
+        assert list(packed) == expected
+        assert len(packed) == len(expected)
+        assert packed.total == sum(end - start for start, end in expected)
 
 
 @given(some_ranges())

@@ -79,7 +79,6 @@ STATUS = ("data", "hole", "zero", "hole,zero")
 DEPTH = ("absent", "local", "backing depth 2", "backing depth 3")
 
 FORMS: list[tuple[Callable[[Rows], str], Where | None, Callable[[int], bool]]] = [
-    (as_map, None, lambda n: n & 1 == 1),
     (as_map, Where.DATA, lambda n: n & 1 == 1),
     (as_map, Where.ZERO, lambda n: n & 1 == 0),
     (as_map, Where.PRESENT, lambda n: n != 2),
@@ -87,7 +86,7 @@ FORMS: list[tuple[Callable[[Rows], str], Where | None, Callable[[int], bool]]] =
     (as_map, Where.ALL, lambda _: True),
     (as_nbdinfo(DIRTY), None, lambda n: n & 1 == 1),
     (as_nbdinfo(DIRTY), Where.ALL, lambda _: True),
-    (as_nbdinfo(STATUS), None, lambda n: n in (0, 2)),
+    (as_nbdinfo(STATUS), Where.DATA, lambda n: n in (0, 2)),
     (as_nbdinfo(STATUS), Where.ZERO, lambda n: n in (2, 3)),
     (as_nbdinfo(DEPTH), None, lambda n: n == 1),
     (as_nbdinfo(DEPTH), Where.PRESENT, lambda n: n > 0),
@@ -108,6 +107,32 @@ def test_a_list_means_what_it_was_made_from(
         expected = [row for row in found if counts(row[2])]
         assert list(parse_extents(data, where=where, size=1 << 62)) == [row[:2] for row in expected]
         assert read_extents(data, where=where) == ranges(expected)
+
+
+MAPS: list[tuple[Callable[[Rows], str], Callable[[int], bool], Callable[[int], bool]]] = [
+    (as_map, lambda n: n & 1 == 1, lambda n: n == 0),
+    (as_nbdinfo(STATUS), lambda n: n in (0, 2), lambda n: n in (1, 3)),
+    (as_nbdinfo(DEPTH), lambda n: n == 1, lambda _: False),
+]
+"""Maps: what counts by default, and what may be zeroes that were written and is in no default."""
+
+
+@pytest.mark.parametrize(("form", "counts", "doubtful"), MAPS)
+@given(found=rows())
+def test_a_map_is_taken_by_default_only_if_nothing_written_is_left_out(
+    form: Callable[[Rows], str], counts: Callable[[int], bool], doubtful: Callable[[int], bool], found: Rows
+) -> None:
+    data = form(found).encode()
+    if any(doubtful(number) for *_, number in found):
+        with pytest.raises(UsageError) as caught:
+            read_extents(data)
+        assert "--where data" in str(caught.value.hint)
+    else:
+        assert read_extents(data) == ranges([row for row in found if counts(row[2])])
+    if found:
+        with pytest.raises(UsageError, match="says what there is, and not what is clean"):
+            read_extents(data, to_unset=True)
+    assert read_extents(data, where=Where.ALL, to_unset=True) == ranges(found)
 
 
 @pytest.mark.parametrize("form", [as_map, as_nbdinfo(DIRTY), as_shown, as_csv, as_plain])

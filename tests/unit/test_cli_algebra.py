@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,21 @@ def test_refusals_leave_the_image_alone(
         assert out == ""
         assert expected in err
     assert image.read_bytes() == before
+
+
+def test_a_list_that_is_nowhere(image: Path, run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("set", "unset"):
+        assert run(command, image, "mon", "--from-extents", "")[::2] == (
+            64, "qcow2bm: --from-extents names no file; - is stdin\n",
+        )  # fmt: skip
+        monkeypatch.setattr(sys, "stdin", None)
+        status, _, err = run(command, image, "mon", "--from-extents", "-")
+        assert (status, "standard input is closed; name a file" in err) == (64, True)
+        with (tmp_path / "written").open("w") as only_written:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.FileIO(only_written.fileno(), "r", closefd=False)))
+            status, _, err = run(command, image, "mon", "--from-extents", "-")
+        assert (status, "the list on stdin: Bad file descriptor" in err) == (1, True)
 
 
 def test_a_list_that_cannot_be_opened_is_named(image: Path, run, tmp_path: Path) -> None:

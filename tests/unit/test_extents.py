@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
 
 from qcow2bm.bitmap import extents
-from qcow2bm.bitmap.extents import Where, read_extents
+from qcow2bm.bitmap.algebra import Ranges
+from qcow2bm.bitmap.extents import Where, decoded, parse_extents, read_extents
 from qcow2bm.errors import UsageError
 
 MAP = '{"start": %s, "length": %s, "depth": 0, "present": true, "zero": false, "data": true, "offset": 0}'
@@ -115,3 +117,15 @@ def test_hundreds_of_thousands_of_rows_are_quick() -> None:
     started = time.process_time()
     assert len(read_extents(data)) == 200_000
     assert time.process_time() - started < 20  # about 1 s; the square of the rows would be hours
+
+
+def test_many_rows_become_ranges_of_sixteen_bytes_each() -> None:
+    """A row lives only until the next one: 64 bytes more or less for each would be gigabytes for the largest list."""
+    count = 50_000
+    text = decoded(b"offset,length\n" + b"".join(b"%d,512\n" % (place << 17) for place in range(count)))
+    tracemalloc.start()
+    found = Ranges.of((offset, offset + length) for offset, length in parse_extents(text))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(found), found.total) == (count, count * 512)
+    assert peak < 20 * count + (64 << 10)  # an array grows ahead of what is in it

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import itertools
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import qcow2bm
+from qcow2bm import api
 from qcow2bm.bitmap import sidecar
 from qcow2bm.bitmap.edit import Edit
 from qcow2bm.bitmap.sidecar_reader import read_from
-from qcow2bm.bitmap.sidecar_text import Form, read_extent_file
-from qcow2bm.errors import BitmapExistsError, ExportFileError, LineageError, UsageError
+from qcow2bm.bitmap.sidecar_text import LARGEST, Form, read_extent_file
+from qcow2bm.errors import BitmapError, BitmapExistsError, ExportFileError, ImageIOError, LineageError, UsageError
 from qcow2bm.image.export_file import Input, NewFile
-from tests.support.exports import DISK, dirty_bits, exported, varied
+from tests.support.exports import DISK, dirty_bits, exported, input_of, varied
 from tests.support.images import unpack
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.scenes import create, three
@@ -161,12 +166,23 @@ def test_stale_bitmaps_are_marked_all_the_way(tmp_path: Path, file: Path, run) -
     as_json = file.with_suffix(".json")
     assert run("export", image, stale[0], as_json, "--stale", "--format", "json").status == 0
     assert run("import", image, as_json, "--format", "json", "--replace").status == 4
-    assert run("import", image, file, "--as", "back", "--stale").status == 0
+    taken = run("import", image, file, "--as", "back", "--stale")
+    assert (taken.status, f"'{stale[0]}' was stale when it was exported: it may lack writes" in taken.err) == (0, True)
     with qcow2bm.open(image) as opened:
         assert not opened.bitmaps["back"].recording
-    assert run("import", image, file, "--as", "rec", "--stale", "--enabled").status == 0
-    with qcow2bm.open(image) as opened:
-        assert opened.bitmaps["rec"].recording
+    for words in ([], ["--merge"], ["--replace"]):
+        refused = run("import", image, file, "--as", "rec", "--stale", "--enabled", *words)
+        assert (refused.status, "would make them count" in refused.err) == (64, True)
+
+
+def test_an_export_of_all_says_why_there_is_none(tmp_path: Path, file: Path, run) -> None:
+    image = unpack("in-use", tmp_path)
+    refused = run("export", image, file)
+    assert (refused.status, "--stale exports what is stored" in refused.err, file.exists()) == (4, True, False)
+    assert run("export", image, file, "--stale").status == 0
+    (tmp_path / "none").mkdir()
+    none = run("export", create(tmp_path / "none", "4M"), file, "--force")
+    assert (none.status, "there is no bitmap to export" in none.err) == (1, True)
 
 
 def test_what_is_left_out_of_all_is_said(tmp_path: Path, file: Path, run) -> None:
@@ -196,6 +212,33 @@ def test_a_file_that_is_there_is_kept(image: Path, file: Path, run) -> None:
     assert run("export", image, "a", file, "--force").status == 0
     with qcow2bm.read_export(file) as held:
         assert len(held.bitmaps) == 1
+
+
+def test_only_what_we_wrote_is_replaced(image: Path, file: Path, run) -> None:
+    """A list that somebody else made, or a report of ours, begins alike; bare bits are known by nothing."""
+    for form, foreign in (
+        ("json", '{"precious": 1}'),
+        ("json", run("info", "--output", "json", image).out),
+        ("json", run("show", image, "a", "--extents", "--output", "json").out),
+        ("json", '{\n  "format-version": 1,\n  "image": "x",\n  "name": "y"\n}\n'),
+        ("csv", "offset,length\n0,1\n"),
+        ("csv", "offset,length,dirty,and more\n"),
+        ("csv", "offset,length,dirty"),
+        ("raw", "\0" * 8),
+        ("raw", "precious"),
+    ):
+        file.write_text(foreign)
+        refused = run("export", image, "a", file, "--format", form, "--force")
+        assert (refused.status, file.read_text()) == (1, foreign), (form, foreign)
+        file.unlink()
+    for form in ("json", "csv"):
+        assert run("export", image, "a", file, "--format", form).status == 0
+        assert run("export", image, "b", file, "--format", form, "--force").status == 0
+        file.unlink()
+    file.write_bytes(b"")
+    assert run("export", image, "b", file, "--format", "raw", "--force").status == 0
+    refused = run("export", image, "b", file, "--format", "raw", "--force")
+    assert (refused.status, "nothing tells whether it is bare bits; remove it first" in refused.err) == (1, True)
 
 
 def test_no_image_is_ever_replaced(image: Path, tmp_path: Path, run) -> None:
@@ -274,6 +317,32 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch) -> Non
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"ours"]
 
 
+def test_without_links_too_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "out"
+    new = NewFile(path)
+    new.__enter__().write(b"ours")
+
+    def link(*_: object) -> None:
+        path.write_bytes(b"theirs")
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(ExportFileError, match="is there already"):
+        new.__exit__(None, None, None)
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"theirs", [path])
+
+
+def test_without_links_nothing_is_left_if_the_name_cannot_be_given(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(ImageIOError), NewFile(tmp_path / "out") as out:
+        out.write(b"ours")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_replacing_by_way_of_a_link_keeps_the_link(tmp_path: Path) -> None:
     (tmp_path / "real").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -335,6 +404,36 @@ def test_a_fifo_is_a_stream(image: Path, tmp_path: Path) -> None:
     with read_from(source) as held:
         assert len(held.bitmaps) == 3
         assert held.find("a").read_bits().count() == held.find("a").dirty_bytes >> 16
+
+
+@pytest.mark.parametrize("form", ["qcow2bm", "json", "raw"])
+def test_a_fifo_whose_writer_comes_later(form: str, image: Path, file: Path, tmp_path: Path, run) -> None:
+    """The writer reads the image that the bitmap goes into: it is not locked before all has been read."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert run("export", image, "a", file, "--format", form).status == 0
+
+    def write() -> None:
+        time.sleep(0.3)
+        with fifo.open("wb") as out:
+            time.sleep(0.3)
+            with api.open(image, writable=True):
+                out.write(file.read_bytes())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    words = ["--force-lineage", "-g", "64k"] if form == "raw" else []
+    done = run("import", image, fifo, "--format", form, "--as", "z", *words)
+    writer.join()
+    assert done.status == 0, done.err
+    assert bits_of(image, "z") == bits_of(image, "a")
+
+
+def test_a_stream_that_is_too_long_is_not_kept(image: Path, run, monkeypatch) -> None:
+    monkeypatch.setitem(LARGEST, Form.RAW, 100)
+    feed(monkeypatch, bytes(5000))
+    words = ["--format", "raw", "--as", "x", "-g", "64k", "--force-lineage"]
+    assert "has more than 8 bytes" in run("import", image, "-", *words).err
 
 
 def test_an_image_in_the_place_of_the_file(image: Path, file: Path, run) -> None:
@@ -410,25 +509,103 @@ def test_json_of_ours_is_checked_like_an_export_file(image: Path, file: Path, ru
     run("export", image, "a", file, "--format", "json")
     shown = json.loads(run("show", image, "a", "--extents", "--output", "json").out)
     document = json.loads(file.read_text())
-    lineage = document.pop("lineage")
+    sealed = document.pop("lineage")
+    lineage = {key: value for key, value in sealed.items() if key != "lineage-digest"}
     assert document == shown
+    assert sealed == seal(lineage)
     assert (lineage["name"], lineage["granularity"], lineage["stale"]) == ("a", 65536, False)
-    file.write_text(json.dumps({**shown, "lineage": lineage}))  # by another printer
+    file.write_text(json.dumps({**shown, "lineage": sealed}))  # by another printer
     assert run("import", image, file, "--format", "json", "--replace").status == 0
     cut = shown["extents"][:-1]
+    damaged, changed = "the lineage in the JSON is damaged", "or was changed since it was written"
     for bad, said in (
-        ({**shown, "extents": cut, "lineage": {**lineage, "dirty-bytes": 0}}, "other extents than its digest says"),
-        ({**shown, "lineage": {**lineage, "digest": "00" * 32}}, "other extents than its digest says"),
-        ({**shown, "lineage": {**lineage, "digest": "0"}}, "the lineage in the JSON is damaged"),
-        ({**shown, "lineage": {**lineage, "granularity": True}}, "the lineage in the JSON is damaged"),
-        ({**shown, "lineage": []}, "the lineage in the JSON is damaged"),
-        ({**shown, "lineage": {**lineage, "granularity": 1000}}, "is not a power of two"),
-        ({**shown, "lineage": {**lineage, "image-id": "00" * 32}}, "is not the image the bitmaps were exported from"),
-        ({**shown, "lineage": {**lineage, "virtual-size": 1 << 62}}, "that of the exported bitmaps has"),
+        ({"extents": cut, "lineage": seal({**lineage, "dirty-bytes": 0})}, "other extents than its digest says"),
+        ({"lineage": seal({**lineage, "digest": "00" * 32})}, "other extents than its digest says"),
+        ({"lineage": seal({**lineage, "digest": "0"})}, damaged),
+        ({"lineage": seal({**lineage, "granularity": True})}, damaged),
+        ({"lineage": seal({**lineage, "stale": 0})}, damaged),
+        ({"lineage": []}, damaged),
+        ({"lineage": lineage}, damaged),
+        ({"lineage": seal({**lineage, "granularity": 1000})}, "is not a power of two"),
+        ({"lineage": seal({**lineage, "image-id": "00" * 32})}, "is not the image the bitmaps were exported from"),
+        ({"lineage": seal({**lineage, "virtual-size": 1 << 62})}, "that of the exported bitmaps has"),
+        ({"lineage": {**sealed, "name": "c"}}, changed),
+        ({"lineage": {**sealed, "stale": True}}, changed),
+        ({"lineage": {**sealed, "recording": not lineage["recording"]}}, changed),
+        ({"lineage": {**sealed, "mtime-ns": 1}}, changed),
+        ({"lineage": {**sealed, "image-id": "00" * 32}}, changed),
+        ({"lineage": {**sealed, "new": 1}}, changed),
+        ({"linage": sealed}, damaged),
     ):
-        file.write_text(json.dumps(bad))
-        refused = run("import", image, file, "--format", "json", "--replace")
+        file.write_text(json.dumps({**shown, **bad}))
+        refused = run("import", image, file, "--format", "json", "--replace", "--as", "x")
         assert (refused.status != 0, said in refused.err) == (True, True), refused.err
+
+
+def seal(lineage: dict[str, object]) -> dict[str, object]:
+    """By hand, from docs/export-format.md."""
+    text = json.dumps(lineage, sort_keys=True, separators=(",", ":"))
+    return {**lineage, "lineage-digest": hashlib.sha256(b"qcow2bm lineage 1" + text.encode()).hexdigest()}
+
+
+def test_no_flipped_bit_of_a_json_export_lets_anything_else_in(image: Path, file: Path, run) -> None:
+    """Whatever is said outside of the lineage is not believed; and it is no list of another program either."""
+    assert run("export", image, "a", file, "--format", "json").status == 0
+    data = file.read_bytes()
+
+    def read(data: bytes, name: str | None) -> tuple[object, ...]:
+        with input_of(data) as source:
+            held = read_extent_file(source, Form.JSON, opened.qcow2, name=name, granularity=None)
+            (one,) = held.bitmaps
+            return held.lineage, one.name, one.granularity, one.recording, one.stale, one.dirty_bytes, one.digest
+
+    with qcow2bm.open(image) as opened:
+        whole = read(data, None)
+        for at, bit in itertools.product(range(len(data)), range(8)):
+            bad = bytearray(data)
+            bad[at] ^= 1 << bit
+            for name in (None, "x"):
+                try:
+                    found = read(bytes(bad), name)
+                except (BitmapError, ExportFileError, UsageError):
+                    continue
+                assert found == whole, (at, bit, bad[max(0, at - 20) : at + 5])
+
+
+def test_which_rows_of_a_map_count_must_be_said(image: Path, file: Path, run) -> None:
+    """Zeroes that were written over data: a backup that leaves them out brings back what was there before."""
+    row = '{"start": %d, "length": 1048576, "depth": 0, "present": true, "zero": %s, "data": %s}'
+    file.write_text(f"[{row % (0, 'false', 'true')},{row % (1 << 20, 'true', 'false')}]")
+    words = ["import", image, file, "--format", "json", "--force-lineage", "-g", "1M"]
+    refused = run(*words, "--as", "x")
+    assert (refused.status, "row 2 is allocated in the image itself and is no data" in refused.err) == (64, True)
+    assert "--where allocated" in refused.err
+    assert "--where data" in refused.err
+    for where, wanted in (("allocated", [(0, 2)]), ("data", [(0, 1)])):
+        assert run(*words, "--as", where, "--where", where).status == 0
+        assert bits_of(image, where) == wanted
+    for command, expected in (("set", "--where allocated"), ("unset", "says what there is, and not what is clean")):
+        refused = run(command, image, "a", "--from-extents", file)
+        assert (refused.status, expected in refused.err) == (64, True)
+        assert run(command, image, "a", "--from-extents", file, "--where", "data").status == 0
+    assert run("import", image, file, "--where", "data").status == 64
+    file.unlink()
+    run("export", image, "a", file, "--format", "json")
+    refused = run("import", image, file, "--format", "json", "--replace", "--where", "all")
+    assert (refused.status, "--where is about lists that other programs made" in refused.err) == (64, True)
+
+
+def test_a_data_file_has_no_time_stamp_that_tells(tmp_path: Path, file: Path, run) -> None:
+    """A guest rewrites its clusters there, and the image file stays as it is."""
+    image = create(tmp_path, "4M", f"data_file={tmp_path / 'data'}", "data_file_raw=on", "preallocation=metadata")
+    assert run("add", image, "a", "--disabled").status == 0
+    assert run("export", image, file).status == 0
+    qemu_io(image, "write -P 7 1M 64k")
+    assert json.loads(run("import", "--list", image, file, "--output", "json").out)["standing"] == "same-mapping"
+    refused = run("import", image, file, "--untouched", "--replace")
+    assert (refused.status, "has no time stamp that would tell" in refused.err) == (1, True)
+    taken = run("import", image, file, "--replace")
+    assert (taken.status, "rewritten clusters in place" in taken.err) == (0, True)
 
 
 def test_bare_bits_must_be_as_many_as_the_disk_takes(image: Path, file: Path, run) -> None:
