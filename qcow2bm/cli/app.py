@@ -35,6 +35,8 @@ class _Command(TyperCommand):
     def __init__(self, *args: Any, **settings: Any) -> None:  # noqa: ANN401 - handed on as they are
         super().__init__(*args, **settings)
         own = {word for param in self.params for word in param.opts}
+        if "--format-a" in own:
+            return  # it takes two images, of any format it knows, and says which is which
         self.params.append(
             TyperOption(
                 # `export` and `import` have a --format of another file; -f is the image's everywhere.

@@ -13,7 +13,7 @@ from typing import Any
 from .. import api
 from ..bitmap.edit import Edit
 from ..errors import UsageError, naming
-from ..image.plan import Plan, Stage
+from ..image.plan import DataFile, DiskSize, Plan, Stage
 from .committing import commit
 from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import JsonObject, Output, print_json, warn
@@ -140,7 +140,7 @@ def _print_plan(path: Path, plan: Plan, how: How) -> None:
         print(f"\nwould write {human_size(plan.bytes_written)}; {_growth(plan, 'would grow', 'would not grow')}")
         _print_cuts(plan, plan.cut_to, how, "would be")
         if plan.then is not None and how.undo is None:
-            print("after that, what had to go to the end of the file would move to the front, and the end be cut off")
+            print("at most: what the change puts at the file's end then moves to the front, if that makes it shorter")
         print("dry run: nothing was written")
 
 
@@ -188,6 +188,8 @@ def _print_cuts(plan: Plan, cut_to: int | None, how: How, was: str) -> None:
             print(f"{what} keeps its length, so that `undo` can put all of it back; it could be {human_size(size)}")
     if data_file is not None and data_file.extend_to > data_file.size_before:
         print(f"the data file {was} extended to {human_size(data_file.extend_to)}")
+    if data_file is not None and how.undo is not None:
+        print("the data file is not part of the undo file: `undo` leaves it as it is then")
 
 
 def _file_size(plan: Plan, how: How) -> int:
@@ -204,7 +206,23 @@ def _summary_json(path: Path, plan: Plan, how: How) -> dict[str, object]:
         "bytes-written": plan.bytes_written,
         "growth": plan.growth,
         "file-size": _file_size(plan, how),
+        **({} if plan.disk is None else {"resize": _resize_json(plan, plan.disk, how)}),
     }
+
+
+def _resize_json(plan: Plan, disk: DiskSize, how: How) -> JsonObject:
+    return {
+        "virtual-size-before": disk.old,
+        "virtual-size-after": disk.new,
+        "new-bytes-not-zero": disk.not_zero,
+        "data-file": None if plan.data_file is None else _data_file_json(plan.data_file, how),
+    }
+
+
+def _data_file_json(file: DataFile, how: How) -> JsonObject:
+    size = file.extend_to if how.undo is not None else file.cut_to
+    action = "kept" if size == file.size_before else "extended" if size > file.size_before else "cut"
+    return {"path": str(file.path), "size-before": file.size_before, "size-after": size, "action": action}
 
 
 def _stage_json(plan: Plan, stage: Stage) -> JsonObject:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import api
-from ..errors import UsageError, naming
+from ..errors import UndoError, UsageError, naming
 from ..image.plan import Plan
 from .committing import commit
 from .failures import Postponed
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..bitmap.bring_back import Quarantine
     from ..bitmap.edit import Edit
     from ..bitmap.quarantine import Quarantined
+    from ..image.undo_data_file import NotedDataFile
 
 UndoFileArgument = Annotated[
     Path, typer.Argument(metavar="UNDO-FILE", help="The file that --undo made.", show_default=False)
@@ -33,7 +34,9 @@ UndoFileArgument = Annotated[
 ForceOption = Annotated[
     bool,
     typer.Option(
-        "--force", help="Do it although the image's time stamp says that it was written to.", show_default=False
+        "--force",
+        help="Do it although the time stamp of the image or its data file says that it was written to.",
+        show_default=False,
     ),
 ]
 ListOption = Annotated[
@@ -86,7 +89,8 @@ def undo(
 ) -> int:
     """Put back what a command changed: the image is then, byte for byte, what it was before.
 
-    Refused if the image has changed since. --force overrides a changed time stamp, not changed content.
+    Refused if the image has changed since. --force overrides a changed time stamp, not changed content. An external
+    data file is not part of it: it stays as it is.
 
     With --bitmap only one bitmap comes back, as a new one beside those there are: one that a repair took out of the
     image and put into its undo file (quarantine). It has its name, granularity, bits, and records as it did. If the
@@ -101,11 +105,14 @@ def undo(
         _bring_back(image, undo_file, wanted, use_locks=not no_lock, output=output, progress=progress)
     else:
         with Postponed():  # done half, it would have to be done again
+            noted = _noted(undo_file)
             api.undo(image, undo_file, force=force, use_locks=not no_lock)
         if output is Output.JSON:
-            print_json({**_head(image, undo_file), "changed": True})
+            print_json({**_head(image, undo_file), "changed": True, "data-file": _data_file_json(noted)})
         else:
             print(f"{printable(image)} is as it was before")
+            if noted is not None:
+                warn(f"its data file {noted.path} is not part of that: {_data_file_state(noted)}")
     return 0
 
 
@@ -135,12 +142,45 @@ class _Wanted:
             raise UsageError("--as names one bitmap, and several shall come back")
 
 
+# The data file, which no undo file holds
+
+
+def _noted(undo_file: Path) -> NotedDataFile | None:
+    """What is noted of it; None also where the undo file cannot be read, of which `api.undo` says more."""
+    try:
+        with api.open_undo(undo_file) as held:
+            return held.undo.data_file
+    except UndoError:
+        return None
+
+
+def _data_file_state(noted: NotedDataFile) -> str:
+    if noted.size_after == noted.size_before:
+        return "its length never changed, and what was written there stays"
+    return (
+        f"the change made it {noted.size_after} bytes long, and so it stays; it had {noted.size_before}, "
+        f"which `truncate -s {noted.size_before}` makes of it"
+    )
+
+
+def _data_file_json(noted: NotedDataFile | None) -> JsonObject | None:
+    if noted is None:
+        return None
+    return {
+        "path": noted.path,
+        "size-before": noted.size_before,
+        "size-after": noted.size_after,
+        "changed": noted.has_changed(),
+    }
+
+
 # What the undo file holds
 
 
 def _show(image: Path, undo_file: Path, output: Output) -> None:
     with naming(image), api.open_undo(undo_file) as held:
         undo = held.undo
+        noted = undo.data_file
         made = None if undo.made_ns is None else datetime.fromtimestamp(undo.made_ns // 10**9, UTC).isoformat()
         facts = {
             "made": made,
@@ -149,6 +189,7 @@ def _show(image: Path, undo_file: Path, output: Output) -> None:
             "size-before": undo.size_before,
             "size-after": undo.size_after,
             "obstacle": api.why_not_undone(image, held),
+            "data-file": _data_file_json(noted),
         }
         if output is Output.JSON:
             bitmaps = [_quarantined_json(bitmap) for bitmap in held.bitmaps]
@@ -163,6 +204,7 @@ def _show(image: Path, undo_file: Path, output: Output) -> None:
                 ("replaced", exact_size(undo.bytes_replaced)),
                 ("file grew by", exact_size(undo.size_after - undo.size_before)),
                 ("can be undone", Cell("yes", "green") if obstacle is None else Cell(f"no: {obstacle}", "red")),
+                *([("data file", f"not part of it: {noted.path}")] if noted is not None else []),
                 ("quarantined", f"bitmaps: {len(held.bitmaps)}" if held.bitmaps else "nothing"),
             ]
         )

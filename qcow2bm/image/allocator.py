@@ -4,7 +4,7 @@ A plan's order keeps the refcount on disk at or above the number of references a
 too low is lost data later. So what is taken is counted in the first stage, long before anything refers to it, and
 what is given back in the last. A new refcount block lies in the range it describes itself, so the one entry that
 links it into the refcount table needs no other. Only where one run of clusters fills whole ranges their blocks lie
-together in front of it, in a range whose block counts before they are linked.
+together in front of it, in ranges whose own blocks count before they are linked.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ class Allocator:
         return max(self._taken, default=-1)
 
     def take(self, count: int = 1) -> int:
-        """Offset of `count` contiguous free clusters, which are now taken.
-
-        Raises:
-            NoSpaceError: more clusters than refcount blocks of this size can describe in one piece.
-        """
+        """Offset of `count` contiguous free clusters, which are now taken."""
         geometry = self._image.geometry
         spare = self._spare_blocks(count)
         while True:
@@ -69,24 +65,16 @@ class Allocator:
             missing = self._missing_blocks(first, count + spare)
             if not missing:
                 return geometry.offset_of(self._reserve(begin, last, count))
-            if first // geometry.refcounts_per_block != missing[0] and self._fits_beside(first, missing, spare):
-                place = self._reserve(begin, last, len(missing))
-                self._new_blocks.update({index: place + number for number, index in enumerate(missing)})
+            if len(missing) <= spare:
+                self._reserve(begin, last, len(missing))
+                self._new_blocks.update(self._places(first, missing))
                 return geometry.offset_of(self._reserve(begin, begin, count))
             self._add_block(missing[0])
 
     def _spare_blocks(self, count: int) -> int:
-        """Clusters to keep free in front of a long run for the blocks of the ranges that it fills altogether."""
+        """Clusters to keep free in front of a long run for the blocks of the ranges that it and they lie in."""
         per_block = self._image.geometry.refcounts_per_block
-        if count < per_block:
-            return 0
-        spare = div_up(count, per_block) + 4
-        if spare >= per_block:
-            raise NoSpaceError(
-                f"{count} clusters in one piece are more than the refcounts of this image can describe",
-                hint="convert the image to larger clusters",
-            )
-        return spare
+        return div_up(count, per_block - 1) + 4 if count >= per_block else 0
 
     def _missing_blocks(self, first: int, count: int) -> list[int]:
         """Indices of the refcount blocks that `count` clusters from `first` on need and that are not there."""
@@ -94,10 +82,17 @@ class Allocator:
         indices = range(first // per_block, (first + count - 1) // per_block + 1)
         return [i for i in indices if i not in self._new_blocks and not self._refcounts.block_offset(i)]
 
-    def _fits_beside(self, first: int, missing: list[int], spare: int) -> bool:
-        """True if all missing blocks fit between `first` and the end of its block's range."""
+    def _places(self, first: int, missing: list[int]) -> dict[int, int]:
+        """A cluster for each missing block, from `first` on without gaps.
+
+        A block whose range begins among these clusters takes the first of them in it. So each of the others lies in a
+        range whose block is there already, or describes itself.
+        """
         per_block = self._image.geometry.refcounts_per_block
-        return len(missing) <= min(spare, per_block - first % per_block)
+        area = range(first, first + len(missing))
+        places = {i: max(first, i * per_block) for i in missing if max(first, i * per_block) in area}
+        rest = sorted(set(area) - set(places.values()))
+        return places | dict(zip((i for i in missing if i not in places), rest, strict=True))
 
     def free(self, offset: int, length: int) -> None:
         """Give back the clusters that hold `length` bytes at `offset`.

@@ -33,7 +33,7 @@ from ..errors import (
 from .data_file import FollowingFile
 from .file import ImageFile
 from .image import Qcow2Image
-from .plan import Plan, Stage, Write
+from .plan import Kept, Plan, Stage, Write
 
 if TYPE_CHECKING:
     from .undo_writer import UndoWriter
@@ -75,13 +75,15 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
         with FollowingFile(plan.data_file) as data_file:
-            writer = _undo_writer(file, plan, undo)
-            engine = _Engine(file, plan, progress, writer)
+            writer: UndoWriter | None = None
+            engine: _Engine | None = None
             try:
                 data_file.extend()
+                writer = _undo_writer(file, plan, undo, data_file.noted())
+                engine = _Engine(file, plan, progress, writer)
                 engine.run()
             except BaseException:
-                if engine.rolled_back or not engine.begun:
+                if engine is None or engine.rolled_back or not engine.begun:
                     if writer is not None:
                         writer.discard()
                     data_file.restore()
@@ -133,12 +135,12 @@ def _require_space(file: ImageFile, plan: Plan) -> None:
         )
 
 
-def _undo_writer(file: ImageFile, plan: Plan, path: Path | None) -> UndoWriter | None:
+def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Kept, ...]) -> UndoWriter | None:
     if path is None:
         return None
     from .undo_writer import UndoWriter  # rarely needed, and its structures take time to declare
 
-    return UndoWriter.create(path, file, plan.stages, plan.size_after, plan.kept)
+    return UndoWriter.create(path, file, plan.stages, plan.size_after, (*noted, *plan.kept))
 
 
 class _Kept:

@@ -12,7 +12,7 @@ from typing import Self
 from ..errors import OutdatedPlanError, naming
 from .file import ImageFile
 from .image import take_locks
-from .plan import DataFile
+from .plan import DataFile, Kept
 
 
 class FollowingFile:
@@ -54,6 +54,14 @@ class FollowingFile:
         """Before the change: as long as the disk before and after."""
         if self._wanted is not None:
             self._set(self._wanted.extend_to)
+
+    def noted(self) -> tuple[Kept, ...]:
+        """What an undo file says of it, once it is extended."""
+        if self._wanted is None or self._file is None:
+            return ()
+        from .undo_data_file import NotedDataFile  # rarely needed
+
+        return (NotedDataFile.of(self._file, self._wanted.size_before).kept(),)
 
     def restore(self) -> None:
         """After a change that was put back."""

@@ -120,6 +120,19 @@ class DataFile:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskSize:
+    """The virtual size that a change gives a disk. Sizes in bytes.
+
+    Attributes:
+        not_zero: how many of the new bytes do not read as zeroes, or may not.
+    """
+
+    old: int
+    new: int
+    not_zero: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, and what the image is before and after.
 
@@ -134,7 +147,9 @@ class Plan:
         cut_to: length that the file is cut to when all is done, unless there is an undo file, which could not give the
             rest back.
         data_file: the external data file, where its length changes too.
-        then: what to plan and carry out next, in a change of its own, unless there is an undo file.
+        disk: the virtual size, where that changes.
+        then: what to plan and carry out next, in a change of its own, unless there is an undo file. It never makes the
+            file longer.
     """
 
     cluster_size: int
@@ -147,6 +162,7 @@ class Plan:
     kept: tuple[Kept, ...] = ()
     cut_to: int | None = None
     data_file: DataFile | None = None
+    disk: DiskSize | None = None
     then: Callable[[Any], Plan] | None = None  # of the open image, which stands on plans: no import leads back
 
     def __bool__(self) -> bool:

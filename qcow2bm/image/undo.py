@@ -8,6 +8,8 @@ A journal is the same file for the few stages that a crash could tear. Whoever o
 it: what was torn is rolled back, what was finished is kept. Where all stages are journaled, the user's undo file is the
 journal, by a second name beside the image.
 
+An external data file is no part of it; how the change left that is noted (`undo_data_file.py`), and looked at.
+
 The layout is in `undo_layout.py`. The old and the new bytes of a rewrite are both kept: by them the file recognises its
 image, also one that a crash left half-way. Of a free cluster that is filled it has a checksum of the new content, to
 see whether it has changed since.
@@ -45,11 +47,11 @@ class UndoFile(UndoReader):
         """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
 
         Args:
-            force: do it although the image's time stamp says that it was touched. Changed content is refused all the
-                same.
+            force: do it although the time stamp of the image or of its data file says that it was touched. Changed
+                content of the image is refused all the same.
 
         Raises:
-            UndoError: the file is damaged, has been used already, or the image has changed since.
+            UndoError: the file is damaged, has been used already, or the image or its data file has changed since.
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         require_restorable(self, image, force=force)
@@ -116,7 +118,18 @@ def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = Fals
         raise UndoError(f"{undo.path} has been used already")
     if undo.state is State.IN_PROGRESS:
         _require_half_way(undo, image, force=force)
-        return
+    else:
+        _require_undisturbed(undo, image, force=force)
+    noted = undo.data_file
+    if noted is not None and noted.has_changed() and not force:
+        raise UndoError(
+            f"its data file {noted.path} was written to since the undo file was made, which the image does not show",
+            hint="guest data may be newer; --force puts the image back, and leaves the data file as it is",
+        )
+
+
+def _require_undisturbed(undo: UndoReader, image: ImageFile, *, force: bool) -> None:
+    """The change was done, and nobody may have touched the image since."""
     happened = since(undo, image)
     if happened is Since.CHANGED:
         raise UndoError(_CHANGED, hint="nothing was put back")

@@ -4,6 +4,7 @@ Little-endian, each part with its own CRC-32C. First a header of 512 bytes, whic
 changes at one moment. Then the records, one for each write of the change: a fixed head, the old bytes (none if they
 were all zero) and, where a structure in use is rewritten, the new ones. Then what is kept although nothing overwrites
 it: the ranges with their labels, and their bytes in pieces, each piece of the file once, whatever ranges it lies in.
+The first range may be one without bytes, whose label notes how the external data file was left.
 
 Version 1 ends after the records and does not say when it was made; it is read as ever.
 """

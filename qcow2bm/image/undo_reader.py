@@ -16,6 +16,7 @@ from typing import Self, TypeVar
 from ..errors import UndoError
 from .file import read_fd
 from .plan import SECTOR, Kept
+from .undo_data_file import NotedDataFile
 from .undo_layout import KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc
 
 _PIECE = 1 << 20
@@ -198,6 +199,21 @@ class UndoReader:
                 label = read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
                 ranges.append(Kept(label, head.offset, head.length))
         return KeptBytes(self, tuple(ranges), sorted(pieces))
+
+    @cached_property
+    def data_file(self) -> NotedDataFile | None:
+        """What it notes of the image's external data file, which it does not hold; None if the change left that alone.
+
+        Raises:
+            UndoError: the file is damaged where that would be.
+        """
+        parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.kept_at, min(1, self._summary.kept))
+        for head, at in parts:
+            if head is None:
+                raise UndoError(f"{self.path} is damaged in kept part 0")
+            if head.kind == KeptPart.RANGE and not head.length:
+                return NotedDataFile.parse(read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape"))
+        return None
 
     def kept_piece(self, place: int | None, length: int) -> bytes:
         """Bytes of a kept piece, for `KeptBytes`."""

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import NoSpaceError, UnsupportedImageError, UsageError, naming
+from ..errors import NoSpaceError, NotQcow2Error, UnsupportedImageError, UsageError, naming
 from ..format.extensions import ExtensionType
 from ..format.header import Autoclear
 from ..image.file import ImageFile
@@ -30,7 +30,7 @@ def opened(image: Qcow2Image, path: Path | None) -> Iterator[ImageFile | None]:
 
     Raises:
         UnsupportedImageError: there is one, and nobody says where.
-        UsageError: there is none, or this is the image itself.
+        UsageError: there is none, or this is the image itself, or no file that can be one.
         InUseError: another process writes to it.
         ImageIOError: it cannot be opened.
     """
@@ -45,7 +45,11 @@ def opened(image: Qcow2Image, path: Path | None) -> Iterator[ImageFile | None]:
         return
     if not image.header.has_data_file:
         raise UsageError("it has no external data file", hint="leave --data-file out")
-    file = ImageFile.open(path)
+    try:
+        file = ImageFile.open(path)
+    except NotQcow2Error as error:
+        reason = error.message.partition(",")[0]  # nobody wants it to be a qcow2 image
+        raise UsageError(f"the data file '{path}' {reason}", hint="name a file or a block device") from None
     try:
         with naming(path):
             from ..chain.layers import file_identity  # with numpy
@@ -71,12 +75,23 @@ def lengths(image: Qcow2Image, file: ImageFile, old: int, new: int) -> DataFile:
         NoSpaceError: it is a block device, and too small.
     """
     extended = max(file.size, new)
-    if file.is_device and extended > file.size:
-        raise NoSpaceError(f"the data file is a device of {file.size} bytes", hint="extend the device")
+    if file.is_device:
+        if extended > file.size:
+            raise NoSpaceError(f"the data file is a device of {file.size} bytes", hint="extend the device")
+        return DataFile(file.path, file.size, file.size, file.size, image.locked)
     cut = extended
     if new < old:
         cut = new if is_raw(image) else max(new, end_in_data_file(image, image.geometry.clusters(new)))
     return DataFile(file.path, file.size, extended, min(cut, extended), image.locked)
+
+
+def doubts(image: Qcow2Image, file: ImageFile, disk: int) -> Iterator[str]:
+    """What speaks against this being the data file of an image, for people to judge."""
+    name = image.extensions.text(ExtensionType.DATA_FILE)
+    if name and Path(name).name != file.path.name:
+        yield f"note: the image calls its data file '{name}', not '{file.path.name}'"
+    if is_raw(image) and not file.is_device and file.size != disk:
+        yield f"note: the data file has {file.size} bytes, the disk {disk}"
 
 
 def exposed_bytes(file: ImageFile, old: int, new: int) -> tuple[tuple[int, int], ...]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..chain.layers import StreamStore
 from ..chain.opening import Rules, backing_path, disk_of, open_disk
-from ..errors import CorruptImageError, UnsupportedImageError, naming
+from ..errors import CorruptImageError, Qcow2bmError, UnsupportedImageError, naming
 from ..format.entries import COPIED, ClusterKind, L2Entry
 from ..format.extensions import ExtensionType
 from ..format.geometry import SUBCLUSTERS
@@ -77,8 +77,15 @@ def backing_size(image: Qcow2Image, rules: Rules) -> int:
     said = (image.extensions.text(ExtensionType.BACKING_FORMAT) or "").partition("\0")[0] or None
     with naming(image.file.path):
         path = backing_path(image.file.path, name)
-    with open_disk(path, format=said, rules=rules) as disk:
-        return disk.layers[0].size
+    try:
+        with open_disk(path, format=said, rules=rules) as disk:
+            return disk.layers[0].size
+    except Qcow2bmError as error:
+        place = path if error.image is None else error.image
+        error.message = f"its backing file {place} cannot be read: {error.message}"
+        error.image = image.file.path
+        error.hint = error.hint or "nobody knows then what of it would show through in new bytes"
+        raise
 
 
 def hide_backing(mapping: NewMapping, old: int, rules: Rules) -> None:

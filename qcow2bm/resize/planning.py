@@ -19,9 +19,9 @@ from ..format.limits import MAX_FILE_SIZE, MAX_L1_ENTRIES
 from ..image.change import Change, no_change
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image
-from ..image.plan import SECTOR, Plan
+from ..image.plan import SECTOR, DiskSize, Plan
 from . import data_file as external
-from .bitmaps import Sized, Sizes, Tail, lines, sized, sized_bitmaps
+from .bitmaps import History, Sized, Sizes, Tail, lines, sized, sized_bitmaps
 from .header import switch
 from .mapping import Filling, NewMapping
 from .tidying import plan_tidying
@@ -34,7 +34,7 @@ class Wish:
     Attributes:
         size: of the disk, in bytes.
         shrink: the end of the disk may be given up.
-        dirty_tail: what bitmaps say of new bytes; None for clean, and dirty in bitmaps that had been left behind.
+        dirty_tail: what bitmaps say of new bytes; None for clean, and dirty if bitmaps had been left behind.
         data_file: the external data file, of an image that has one.
     """
 
@@ -64,7 +64,8 @@ def plan_resize(
     Args:
         size: bytes, a multiple of 512.
         shrink: without it a smaller size is refused: what lies past the new end is lost.
-        dirty_tail: mark new bytes in the bitmaps, or do not; None for clean, but dirty in bitmaps that do not fit.
+        dirty_tail: mark new bytes in the bitmaps, or do not; None for clean, but dirty in all bitmaps if one of them
+            does not fit.
         data_file: where the external data file is, for an image that has one.
 
     Raises:
@@ -113,7 +114,7 @@ def _fitting(image: Qcow2Image, directory: BitmapDirectory, sizes: Sizes, wish: 
     """The plan that makes bitmaps fit the disk as it is."""
     tail = Tail(wish.dirty_tail)
     bitmaps = sized_bitmaps(directory, sizes, tail)
-    summary = tuple(lines(bitmaps, sizes, tail))
+    summary = tuple(lines(bitmaps, sizes, tail, History.of(directory, sizes.old)))
     change = Change(image)
     pointer = replace_directory(change, directory, bitmaps) if directory.pointer is not None else None
     if pointer is None:
@@ -155,6 +156,7 @@ class _Resize:
             self._directory.references(),
             tuple(self._lines(bitmaps, tail)),
         )
+        plan = replace(plan, disk=DiskSize(self._old, self._new, tail.exposed_bytes))
         if self._new < self._old:
             plan = replace(self._change.trimmed(plan), then=plan_tidying)
         if self._data_file is not None:
@@ -188,4 +190,10 @@ class _Resize:
 
     def _lines(self, bitmaps: list[Sized], tail: Tail) -> list[str]:
         verb = "grow" if self._new > self._old else "shrink"
-        return [f"{verb} the disk from {self._old} to {self._new} bytes", *lines(bitmaps, self._sizes, tail)]
+        history = History.of(self._directory, self._sizes.old)
+        doubts = () if self._data_file is None else external.doubts(self._image, self._data_file, self._old)
+        return [
+            f"{verb} the disk from {self._old} to {self._new} bytes",
+            *doubts,
+            *lines(bitmaps, self._sizes, tail, history),
+        ]

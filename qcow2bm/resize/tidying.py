@@ -22,7 +22,10 @@ from .mapping import NewMapping
 
 
 def plan_tidying(image: Qcow2Image) -> Plan:
-    """The plan that moves tables and bitmaps from behind where the file could end; empty if nothing lies there.
+    """The plan that moves tables and bitmaps from behind where the file could end.
+
+    Empty if nothing lies there, or if the file would not become shorter: what moves may need more room in front than
+    there is, or new refcount blocks.
 
     Raises:
         CorruptImageError, ProofError: the image is not what the plan would rely on.
@@ -45,7 +48,10 @@ def plan_tidying(image: Qcow2Image) -> Plan:
     plan = change.plan(
         lambda head: switch(head, "switch to the tables in front", pointer, None, l1_table), directory.references(), ()
     )
-    return replace(change.trimmed(plan), summary=("move tables to the front",))
+    plan = change.trimmed(plan)
+    if plan.cut_to is None or plan.cut_to >= image.file.size:
+        return no_change(image, ())
+    return replace(plan, summary=("move tables to the front",))
 
 
 def _same(bits: BitVector) -> BitVector:

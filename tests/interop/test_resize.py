@@ -19,6 +19,7 @@ import qcow2bm
 from qcow2bm.errors import (
     BitmapInconsistentError,
     BitmapLimitError,
+    ImageIOError,
     UnsupportedImageError,
     UsageError,
 )
@@ -80,6 +81,7 @@ class Twin:
             plan = qcow2bm.plan_resize(image, size, shrink=True, dirty_tail=dirty_tail, data_file=data_file)
             image.commit(plan)
             assert image.virtual_size == size
+            assert image.qcow2.file.size <= (plan.size_after if plan.cut_to is None else plan.cut_to)
         return list(plan.summary) if done.returncode == 0 else None
 
     def compare(self) -> None:
@@ -353,8 +355,14 @@ def test_a_raw_backing_file(tmp_path: Path) -> None:
 def test_a_backing_file_that_cannot_be_opened_stands_in_the_way_of_growth_alone(tmp_path: Path) -> None:
     image = create(tmp_path, 2 * MIB)
     qemu_img("rebase", "-u", "-b", "nbd://nowhere/", "-F", "raw", image)
+    with (
+        qcow2bm.open(image, writable=True) as opened,
+        pytest.raises(UnsupportedImageError, match="not the name of a file"),
+    ):
+        qcow2bm.plan_resize(opened, 3 * MIB)
+    qemu_img("rebase", "-u", "-b", "gone", "-F", "raw", image)
     with qcow2bm.open(image, writable=True) as opened:
-        with pytest.raises(UnsupportedImageError, match="not the name of a file"):
+        with pytest.raises(ImageIOError, match=r"image\.qcow2: its backing file .*gone cannot be read: No such file"):
             qcow2bm.plan_resize(opened, 3 * MIB)
         opened.commit(qcow2bm.plan_resize(opened, MIB, shrink=True))
         assert opened.virtual_size == MIB
@@ -582,9 +590,86 @@ def test_bitmaps_too_short_for_the_disk_get_a_dirty_tail(tail: bool | None, tmp_
         assert found["a"] == [(0, 4 * KIB), (start, 210 * MIB - start)]
     else:
         assert found["a"] == [(0, 4 * KIB), (start, 4 * KIB)]
-    assert found["b"] == [(0, 4 * KIB), (start, 4 * KIB)], "this one had a fitting table"
+    # This one had a fitting table, but the other one proves that something resized the disk behind both. Two clusters
+    # of its bits are for more than 128 MiB.
+    assert found["b"] == (
+        [(0, 4 * KIB), (start, 4 * KIB), (128 * MIB, 82 * MIB)] if tail is None else [(0, 4 * KIB), (start, 4 * KIB)]
+    )
     assert check(image)["returncode"] == CLEAN
     assert qcow2bm.check(image).exit_status == CLEAN
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+@pytest.mark.parametrize("tail", [None, True, False])
+@pytest.mark.parametrize("size", [64, 80, 96])
+def test_bitmaps_that_fit_by_luck_are_dirty_where_they_may_lack_a_growth(
+    size: int, tail: bool | None, in_use: bool, tmp_path: Path
+) -> None:
+    """Something made the disk 80 MiB large: the table of the fine bitmap shows it, the coarse one's does not."""
+    image = create(tmp_path, 80 * MIB, "cluster_size=4k")
+    patch_size(image, 64 * MIB)
+    add_bitmaps(image, {"fine": "512", "coarse": "64k"})
+    qemu_io(image, "write -P 1 0 64k")
+    patch_size(image, 80 * MIB)
+    if in_use:
+        raw = Raw.load(image)
+        at, _, _ = raw.directory  # where the fine one comes first
+        raw.put(at + 12, raw.number(at + 12, 4) | 1, 4)
+        raw.save(image)
+    with qcow2bm.open(image, writable=True) as opened:
+        if in_use and size != 80:
+            with pytest.raises(BitmapInconsistentError):
+                qcow2bm.plan_resize(opened, size * MIB, shrink=True)
+            return
+        plan = qcow2bm.plan_resize(opened, size * MIB, shrink=True, dirty_tail=tail)
+        opened.commit(plan)
+        found = {
+            b.name: [(e.offset, e.length) for e in b.extents()] for b in opened.bitmaps if b.state.value == "ready"
+        }
+    assert "coarse" in found
+    grown = [(48 * MIB, (size - 48) * MIB)]  # three clusters of bits at 512 bytes stand for 48 MiB: it had more
+    for name, ranges in found.items():
+        assert ranges == [(0, 64 * KIB), *(grown if tail is not False else [])], name
+    assert ("--clean-tail" in say(list(plan.summary))) is (tail is False)
+    assert "something resized the disk" in say(list(plan.summary))
+
+
+def test_new_bytes_are_dirty_in_all_if_one_is_too_long(tmp_path: Path) -> None:
+    image = create(tmp_path, 80 * MIB, "cluster_size=4k")
+    add_bitmaps(image, {"fine": "512", "coarse": "64k"})
+    patch_size(image, 64 * MIB)
+    with qcow2bm.open(image, writable=True) as opened:
+        opened.commit(qcow2bm.plan_resize(opened, 96 * MIB))
+    assert read_bitmaps(image) == {name: [(64 * MIB, 32 * MIB)] for name in ("fine", "coarse")}
+
+
+def patch_size(image: Path, size: int) -> None:
+    """Give the disk another size as something would that knows nothing of bitmaps."""
+    raw = Raw.load(image)
+    raw.put(24, size)
+    raw.save(image)
+
+
+def test_a_long_l1_table_of_tiny_clusters(tmp_path: Path) -> None:
+    """More refcount blocks than one of them can describe; the image is sound after every stage."""
+    image = create(tmp_path, MIB, "cluster_size=512", "refcount_bits=64")
+    add_bitmaps(image, {"a": "64k"})
+    with qcow2bm.open(image) as opened:
+        plan = qcow2bm.plan_resize(opened, 9 * GIB)
+    part = tmp_path / "part.qcow2"
+    shutil.copy(image, part)
+    for stage in plan.stages:
+        with part.open("r+b") as file:
+            for write in stage.writes:
+                file.seek(write.offset)
+                file.write(write.read())
+        assert check(part)["returncode"] in (CLEAN, LEAKS)
+    assert check(part)["returncode"] == CLEAN
+    twin = Twin.of(tmp_path)
+    say(twin.resize(9 * GIB))
+    assert virtual_size(twin.ours) == 9 * GIB
+    assert bitmaps(twin.ours) == bitmaps(twin.theirs)
+    twin.require_sound()
 
 
 def test_one_in_use_is_made_to_fit_and_stays_in_use(tmp_path: Path) -> None:

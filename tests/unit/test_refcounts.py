@@ -111,13 +111,28 @@ def test_a_long_run_crosses_the_ranges_of_several_refcount_blocks(tmp_path: Path
     assert check(image)["returncode"] == 0
 
 
-def test_a_run_longer_than_refcount_blocks_can_describe_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [PER_BLOCK - 1, PER_BLOCK, 3000, 5000, 20000])
+def test_the_blocks_of_a_long_run_lie_in_front_of_it_however_many(count: int, tmp_path: Path) -> None:
+    """Those that do not describe themselves lie where another block counts before they are linked."""
     with Qcow2Image.open(tiny(tmp_path)) as opened:
-        taker = Allocator(opened, Refcounts(opened))
-        start = taker.take(3000) // CLUSTER
-        assert taker.highest == start + 2999
-        with pytest.raises(NoSpaceError, match="5000 clusters in one piece"):
-            taker.take(5000)
+        refcounts = Refcounts(opened)
+        taker = Allocator(opened, refcounts)
+        start = taker.take(count) // CLUSTER
+        assert taker.highest == start + count - 1
+        taker.finish()
+        blocks = {index: write.offset // CLUSTER for write in taker.prepare() for index in new_block(write.purpose)}
+        for index, cluster in blocks.items():
+            home = cluster // PER_BLOCK
+            assert refcounts.block_offset(home) or blocks[home] // PER_BLOCK == home, index
+        assert len(set(blocks.values())) == len(blocks)
+        for cluster in {*range(start, start + count), *blocks.values()}:
+            assert refcounts.block_offset(cluster // PER_BLOCK) or cluster // PER_BLOCK in blocks
+        assert not set(blocks.values()) & set(range(start, start + count))
+
+
+def new_block(purpose: str) -> list[int]:
+    """The number of the refcount block that a write fills, if it is a new one."""
+    return [int(purpose.rpartition(" ")[2])] if purpose.startswith("new refcount block") else []
 
 
 def test_nothing_is_taken_twice(tmp_path: Path) -> None:

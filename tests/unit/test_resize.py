@@ -128,6 +128,13 @@ def test_the_tail_is_what_was_asked_for(option: str, bytes_dirty: int, image: Pa
         assert {b.name: (b.recording, b.granularity) for b in opened.bitmaps} == flags
 
 
+def test_options_that_contradict_each_other(image: Path, run) -> None:
+    status, _, err = run("resize", image, "2G", "--dirty-tail", "--clean-tail")
+    assert status == 64
+    assert "contradict" in err
+    assert "--dirty-tail means nothing here" in run("resize", image, "512M", "--shrink", "--dirty-tail", "-n").out
+
+
 # ---- what is refused ----
 
 
