@@ -10,9 +10,10 @@ journal goes as soon as the last is done, so that it can never be applied to an 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from os import SEEK_END
 from pathlib import Path
@@ -58,11 +59,22 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
         ImageIOError: a write failed and everything was put back, or a flush failed and the state is unknown.
     """
     carry_out(image.file, plan, undo=undo, progress=progress)
-    with naming(image.file.path):
+    with naming(image.file.path), _afterwards():
         image.reload()
         following = plan.then(image) if plan.then is not None and undo is None and not image.file.is_device else None
-    if following:
-        commit(image, following)
+        if following:
+            commit(image, following)
+
+
+@contextlib.contextmanager
+def _afterwards() -> Iterator[None]:
+    """What fails in here does not take the change back, and says so."""
+    try:
+        yield
+    except (Qcow2bmError, OSError) as error:
+        cause = from_os_error(error) if isinstance(error, OSError) else error
+        text = f"the change is done, but not what was to follow it: {cause.message}"
+        raise ImageIOError(text, hint=RUN_CHECK) from error
 
 
 def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
@@ -88,11 +100,12 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
                         writer.discard()
                     data_file.restore()
                 raise
-            if writer is not None:
-                writer.complete(file)
-            else:
-                _cut(file, plan)
-                data_file.cut()
+            with _afterwards():
+                if writer is not None:
+                    writer.complete(file)
+                else:
+                    _cut(file, plan)
+                    data_file.cut()
 
 
 def _cut(file: ImageFile, plan: Plan) -> None:

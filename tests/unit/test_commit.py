@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
 import qcow2bm
 from qcow2bm.errors import BitmapNotFoundError, ImageIOError, NoSpaceError, OutdatedPlanError, UsageError
+from qcow2bm.image.file import ImageFile
 from tests.support.qemu import check, qemu_img, qemu_io
 from tests.support.raw import Raw
 from tests.support.recording import Tape
@@ -126,3 +128,25 @@ def test_more_old_bytes_than_are_held_in_memory_are_put_back_too(
     """They wait in a temporary file."""
     monkeypatch.setattr("qcow2bm.image.commit._Kept._IN_MEMORY", 100)
     test_when_any_write_fails_every_byte_is_as_it_was_free_clusters_included(tmp_path, errno.ENOSPC)
+
+
+def test_what_fails_after_the_change_says_that_the_change_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shrink is done once the header says so: what then keeps the file's end from being cut takes nothing back."""
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "8M")
+    qemu_io(image, "write 0 8M")
+
+    def fail(_file: ImageFile, _size: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with qcow2bm.open(image, writable=True) as opened:
+        plan = qcow2bm.plan_resize(opened, 1 << 20, shrink=True)
+        monkeypatch.setattr(ImageFile, "truncate", fail)
+        with pytest.raises(ImageIOError, match="the change is done, but not what was to follow"):
+            opened.commit(plan)
+    monkeypatch.undo()
+    with qcow2bm.open(image) as opened:
+        assert opened.virtual_size == 1 << 20
+    assert check(image)["returncode"] == 0
