@@ -75,7 +75,7 @@ def measure_case(case: Case, original: Path, runs: int) -> Comparison:
     try:
         return compare(
             side(our_program(), case.ours, original, ours, fresh=case.fresh_copy),
-            side(["qemu-img"], case.theirs, original, theirs, fresh=case.fresh_copy),
+            side(list(case.their_program), case.theirs, original, theirs, fresh=case.fresh_copy),
             runs,
         )
     finally:

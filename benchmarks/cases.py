@@ -26,6 +26,8 @@ BUSY = Scattered(0.1)  # a database after a busy day: what QEMU does run by run 
 class Case:
     """One row. Commands are words after the program's name; several are taken in turn, one for each run.
 
+    The other program is qemu-img, and something else only where qemu-img cannot do the work.
+
     Neighbours with the same `craft` share one image.
     """
 
@@ -35,6 +37,7 @@ class Case:
     craft: Callable[[Path], None]
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
+    their_program: tuple[str, ...] = ("qemu-img",)
     fresh_copy: bool = False  # the command changes the image so that it cannot run on it again
     runs: int = 5
     peak_rss_limit: int | None = None  # bytes
@@ -64,6 +67,11 @@ def mixed(path: Path) -> None:
 def largest(path: Path) -> None:
     """Two bitmaps of 512 MiB, above which QEMU takes none, called b0 and b1."""
     bitmap_image(path, 256 * TIB, [BitmapSpec(f"b{number}", 64 * KIB, DATABASE) for number in range(2)])
+
+
+def busy(path: Path) -> None:
+    """A bitmap of 64 GiB with 94,000 dirty ranges."""
+    bitmap_image(path, 64 * GIB, [BitmapSpec("b0", 64 * KIB, BUSY)])
 
 
 def tiny_full(path: Path) -> None:
@@ -170,6 +178,15 @@ CASES = (
         craft=large(1),
         ours=("list IMAGE",),
         theirs=("info IMAGE",),
+    ),
+    Case(
+        name="extents",
+        title="`show --extents`, 94,000 dirty ranges (beside `nbdinfo --map` of `qemu-nbd -B`)",
+        target=8,
+        craft=busy,
+        ours=("show --extents IMAGE b0",),
+        theirs=("--map=qemu:dirty-bitmap:b0 -- [ qemu-nbd -r -f qcow2 -B b0 IMAGE ]",),
+        their_program=("nbdinfo",),
     ),
     Case(
         name="remove",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import Qcow2bmError
     from .image.plan import Plan
     from .repair.model import RepairPlan, RepairPolicy
+    from .repair.rebuild import Rebuilt, rebuild
     from .repair.session import plan_repair, repairing
 
 _HOME = {
@@ -59,6 +60,8 @@ _HOME = {
     "plan_repair": "repair.session",
     "plan_resize": "api",
     "repairing": "repair.session",
+    "rebuild": "repair.rebuild",
+    "Rebuilt": "repair.rebuild",
     "RepairPlan": "repair.model",
     "RepairPolicy": "repair.model",
     "undo": "api",
@@ -81,6 +84,7 @@ __all__ = [
     "ImportPolicy",
     "Plan",
     "Qcow2bmError",
+    "Rebuilt",
     "RepairPlan",
     "RepairPolicy",
     "Report",
@@ -98,6 +102,7 @@ __all__ = [
     "prove",
     "read_export",
     "read_extents",
+    "rebuild",
     "repairing",
     "undo",
     "who_holds",

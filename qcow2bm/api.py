@@ -102,10 +102,10 @@ class Bitmap:
             BitmapInconsistentError, BitmapBrokenError: its bits are not to be relied on.
         """
         bits = self.stored.bits if stale else self.stored.readable_bits()
-        end = self._image.geometry.virtual_size
+        end, granularity = self._image.geometry.virtual_size, self.granularity
         for first, stop in bits.runs():
-            offset = first * self.granularity
-            yield Extent(offset, min(stop * self.granularity, end) - offset)
+            offset = first * granularity
+            yield Extent(offset, min(stop * granularity, end) - offset)
 
     def density(self, cells: int) -> list[float]:
         """The dirty share, 0 to 1, of each of `cells` equal parts of the disk. Raises as `extents`."""

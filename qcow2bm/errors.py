@@ -19,6 +19,7 @@ The tree (exit status in brackets)::
     │   └── FlushError                [1]  what reached the disk is unknown
     ├── UndoError                     [1]  an undo file cannot be used on this image
     ├── ExportFileError               [1]  an export file cannot be read or written
+    ├── UnprovedError                 [1]  a bitmap cannot be put to the test
     ├── LineageError                  [1]  exported bitmaps are not of the disk as it is
     └── BitmapError                   [1]  a bitmap refuses the operation
         ├── BitmapNotFoundError       [1]
@@ -152,6 +153,10 @@ class UndoError(Qcow2bmError):
 
 class ExportFileError(Qcow2bmError):
     """An export file is damaged, cut short, of a version that is not known, or in the way."""
+
+
+class UnprovedError(Qcow2bmError):
+    """A bitmap cannot be put to the test, as one of the disks or the bitmap cannot be read: it may be good or not."""
 
 
 class LineageError(Qcow2bmError):

@@ -5,7 +5,8 @@ by sectors. Of a granule that is known to differ no more is read, but for what t
 
 The mapping is walked in one thread, which cuts what must be read into batches. A few threads read, decompress and
 compare them while the walk goes on, which halves the time even of plain data out of the page cache. A batch ends where
-a cluster of any size does, so no compressed cluster is decompressed twice. What is in memory is a few batches.
+a cluster of any size does, so no compressed cluster is decompressed twice. What is in memory is a few batches, none of
+them much longer than `BATCH` bytes or `BATCH_PAIRS` pairs, whatever lies where.
 """
 
 from __future__ import annotations
@@ -15,33 +16,27 @@ import operator
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Self
 
 import numpy as np
 
 from ..bitmap.bits import BitVector
-from ..errors import UsageError
-from ..format.geometry import is_power_of_two, round_up
-from ..format.limits import MAX_CLUSTER_BITS
+from ..bitmap.draft import require_granularity
+from ..format.geometry import round_up
 from ..format.vectors import Words
 from ..image.plan import SECTOR
+from .batches import Batch, batches, pairs
 from .disk import Disk, read_into
-from .layers import Extent, Kind
+from .layers import Extent
 from .marks import Marks
 from .tables import Mask
 
 BLOCK = 512 << 10
 """Bytes that are read from each disk at once: two such buffers stay in a processor's cache."""
 
-BATCH = 4 << 20
-"""Bytes that a thread is given at once, about."""
-
-_BATCH_PAIRS = 4096
-_LARGEST_CLUSTER = 1 << MAX_CLUSTER_BITS
 _MOST_THREADS = 4
 
 Progress = Callable[[int, int], None]
@@ -70,6 +65,7 @@ def compare(
         BitmapLimitError: as `Marks`.
         CorruptImageError: one of the disks cannot be read.
     """
+    require_granularity(granularity)
     marks = Marks(new.size, granularity, chunk_bytes)
     with contextlib.closing(differing(old, new, granularity, progress=progress)) as runs:
         for first, stop in runs:
@@ -93,117 +89,60 @@ def differing(
         start: the first byte to look at, and `stop` the end, by default that of `new`; whole sectors.
         zero_tail: what lies past the end of `old` counts as zeroes there, and differs only where `new` has others.
     """
-    if not is_power_of_two(granularity) or granularity < SECTOR:
-        raise UsageError(f"granularity {granularity} is not a power of two from 512 bytes on")
     end = new.size if stop is None else min(stop, new.size)
-    pending: Granules | None = None
-    with contextlib.closing(_runs(old, new, granularity, (start, end, zero_tail), progress)) as runs:
-        for first, last in runs:
-            if pending is not None and first <= pending[1]:
-                pending = pending[0], max(last, pending[1])
-                continue
-            if pending is not None:
-                yield pending
-            pending = first, last
-    if pending is not None:
-        yield pending
-
-
-def pairs(
-    old: Disk, new: Disk, start: int = 0, stop: int | None = None, *, zero_tail: bool = False
-) -> Iterator[tuple[Extent, Extent]]:
-    """Both disks between two offsets as extents that begin and end together, as far as both go.
-
-    Args:
-        zero_tail: `old` goes on with zeroes.
-
-    Raises:
-        CorruptImageError: a mapping table cannot be read.
-    """
-    end = new.size if stop is None else min(stop, new.size)
-    common = min(old.size, end)
-    left: Iterator[Extent] = old.extents(start, common)
-    if zero_tail and end > max(common, start):
-        tail = max(common, start)
-        left = chain(left, [Extent(tail, end - tail, Kind.ZERO)])
-        common = end
-    return _pairs(left, new.extents(start, common))
-
-
-def _runs(
-    old: Disk, new: Disk, granularity: int, what: tuple[int, int, bool], progress: Progress
-) -> Generator[Granules, None, None]:
-    """Runs of granules as they are found; neighbours may touch, or name one granule twice."""
-    start, end, zero_tail = what
-    parallel = old.is_shareable and new.is_shareable
-    with _Comparison(granularity, end - start, parallel=parallel) as comparison:
-        for batch, runs in comparison.results(_batches(pairs(old, new, start, end, zero_tail=zero_tail))):
-            yield from runs
-            progress(batch.end, new.size)
-    if not zero_tail and end > max(old.size, start):
-        yield max(old.size, start) // granularity, -(-end // granularity)
+    rows = pairs(old, new, start, end, zero_tail=zero_tail)
+    tail = (
+        None
+        if zero_tail or end <= max(old.size, start)
+        else (max(old.size, start) // granularity, -(-end // granularity))
+    )
+    with contextlib.closing(
+        differing_pairs(old, new, rows, granularity, length=end - start, progress=progress)
+    ) as runs:
+        yield from _joined(chain(runs, [tail] if tail is not None else []))
     progress(end, new.size)
 
 
-def _pairs(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:
-    """Two rows of extents over one range, cut where either ends."""
-    mine, theirs = next(left, None), next(right, None)
-    while mine is not None and theirs is not None:
-        if mine.offset == theirs.offset and mine.length == theirs.length:  # nearly always, and there may be millions
-            yield mine, theirs
-            mine, theirs = next(left, None), next(right, None)
-            continue
-        stop = min(mine.end, theirs.end)
-        start = max(mine.offset, theirs.offset)
-        yield mine.part(start, stop), theirs.part(start, stop)
-        mine = next(left, None) if mine.end == stop else mine
-        theirs = next(right, None) if theirs.end == stop else theirs
+def differing_pairs(
+    old: Disk,
+    new: Disk,
+    rows: Iterator[tuple[Extent, Extent]],
+    granularity: int,
+    *,
+    length: int,
+    progress: Progress = lambda _done, _total: None,
+) -> Generator[Granules, None, None]:
+    """Runs of granules in which pairs of extents of two disks differ, as they are found, by one set of threads.
 
+    Neighbouring runs may touch, or name one granule twice.
 
-# What a thread is given
+    Args:
+        rows: as `pairs` gives them, of one range or of several in order.
+        length: bytes of all of them.
+        progress: called with the offset up to which the rows are done, and the size of `new`.
 
-
-@dataclass(slots=True)
-class _Batch:
-    """Pairs of extents that must be read to be compared, in order.
-
-    Attributes:
-        end: offset up to which the disks have been walked.
+    Raises as `compare`.
     """
-
-    pairs: list[tuple[Extent, Extent]] = field(default_factory=list)
-    length: int = 0
-    walked: int = 0
-    end: int = 0
-
-    @property
-    def is_full(self) -> bool:
-        """True if it is time to hand it out, if only to tell how far the walk has come."""
-        return self.length >= BATCH or self.walked >= _BATCH_PAIRS
+    require_granularity(granularity)
+    parallel = old.is_shareable and new.is_shareable
+    with _Comparison(granularity, length, parallel=parallel) as comparison:
+        for batch, runs in comparison.results(batches(rows)):
+            yield from runs
+            progress(batch.end, new.size)
 
 
-def _batches(rows: Iterator[tuple[Extent, Extent]]) -> Iterator[_Batch]:
-    """What must be read of the rows, in portions. One ends only where a cluster of any size would."""
-    batch = _Batch()
-    for left, right in rows:
-        if batch.is_full and batch.end // _LARGEST_CLUSTER != left.offset // _LARGEST_CLUSTER:
-            yield batch
-            batch = _Batch()
-        batch.walked += 1
-        if left.is_stored_as(right):
-            batch.end = right.end
+def _joined(runs: Iterable[Granules]) -> Iterator[Granules]:
+    """Runs that touch as one."""
+    pending: Granules | None = None
+    for first, last in runs:
+        if pending is not None and first <= pending[1]:
+            pending = pending[0], max(last, pending[1])
             continue
-        at, end = left.offset, left.end
-        while at < end:
-            stop = min(end, (at // BATCH + 1) * BATCH)
-            is_whole = stop - at == left.length
-            batch.pairs.append((left, right) if is_whole else (left.part(at, stop), right.part(at, stop)))
-            batch.length += stop - at
-            batch.end = at = stop
-            if batch.is_full and at % _LARGEST_CLUSTER == 0:
-                yield batch
-                batch = _Batch(end=at)
-    yield batch
+        if pending is not None:
+            yield pending
+        pending = first, last
+    if pending is not None:
+        yield pending
 
 
 class _Comparison:
@@ -228,24 +167,24 @@ class _Comparison:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def results(self, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, list[Granules]]]:
+    def results(self, portions: Iterator[Batch]) -> Iterator[tuple[Batch, list[Granules]]]:
         """Each batch with the granules in which it differs, in order."""
-        first = next(batches)
-        second = next(batches, None) if self._threads > 1 else None
-        waiting: deque[tuple[_Batch, Future[list[Granules]]]] = deque()
+        first = next(portions)
+        second = next(portions, None) if self._threads > 1 else None
+        waiting: deque[tuple[Batch, Future[list[Granules]]]] = deque()
         if second is not None:
             self._pool = ThreadPoolExecutor(self._threads)
-            for batch in chain((first, second), batches):
+            for batch in chain((first, second), portions):
                 waiting.append((batch, self._pool.submit(self._batch, batch)))
                 if len(waiting) > 2 * self._threads:
                     done, future = waiting.popleft()
                     yield done, future.result()
             yield from ((done, future.result()) for done, future in waiting)
             return
-        for batch in chain((first,), batches):
+        for batch in chain((first,), portions):
             yield batch, self._batch(batch)
 
-    def _batch(self, batch: _Batch) -> list[Granules]:
+    def _batch(self, batch: Batch) -> list[Granules]:
         return [run for left, right in batch.pairs for run in self._pair(left, right)]
 
     def _pair(self, left: Extent, right: Extent) -> Iterator[Granules]:

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bitmap.bits import BitVector
+from ..bitmap.draft import Source
 from ..format.geometry import Geometry
 from ..format.limits import MAX_DEFAULT_GRANULARITY
 from .compare import Progress, compare
 from .disk import Disk
 from .layers import Qcow2Layer
 from .opening import Rules, open_disk
+from .pairing import nothing_differs, require_owners, shared_file
 
 Range = tuple[int, int]
 """Offset and length of a guest range, in bytes."""
@@ -33,6 +35,7 @@ class Difference:
 
     Attributes:
         bits: one for each granule, set if any byte in it differs.
+        shared: a file that both disks are written to, or None: what is there differs nowhere, whatever was written.
     """
 
     old: Path
@@ -41,6 +44,18 @@ class Difference:
     new_size: int
     granularity: int
     bits: BitVector
+    shared: Path | None = None
+
+    @property
+    def source(self) -> Source:
+        """The same for `Edit.merge` and `Edit.copy`: the difference as a bitmap of an image of the newer disk's size.
+
+        Raises:
+            UsageError: the disks share what the newer one is written to, so nothing can differ there.
+        """
+        if self.shared is not None:
+            raise nothing_differs(self.shared, self.old)
+        return Source(f"the difference of {self.old} and {self.new}", self.new_size, self.granularity, self.bits)
 
     @property
     def differing_granules(self) -> int:
@@ -78,7 +93,7 @@ def diff(
         progress: called with bytes of the newer disk done, and in all.
 
     Raises:
-        UsageError: the granularity or a format is none, or a format must be named.
+        UsageError: the granularity or a format is none, a format must be named, or a data file is nobody's.
         UnsupportedImageError: a disk that is encrypted, or not made of files.
         NotQcow2Error, CorruptImageError, InUseError, ImageIOError: as `qcow2bm.open`, of any file of a chain.
         BitmapLimitError: QEMU would not take a bitmap of that granularity.
@@ -88,6 +103,7 @@ def diff(
         open_disk(old, format=old_format, rules=rules) as older,
         open_disk(new, format=new_format, rules=rules) as disk,
     ):
+        require_owners(rules.data_files, older, disk)
         return difference(older, disk, granularity, progress=progress)
 
 
@@ -110,7 +126,8 @@ def difference(
     if chunk_bytes is None:
         chunk_bytes = geometry.cluster_size if geometry is not None else MAX_DEFAULT_GRANULARITY
     bits = compare(old, new, chosen, chunk_bytes=chunk_bytes, progress=progress)
-    return Difference(old.layers[0].path, new.layers[0].path, old.size, new.size, chosen, bits)
+    shared = shared_file(old, new)
+    return Difference(old.layers[0].path, new.layers[0].path, old.size, new.size, chosen, bits, shared)
 
 
 def geometry_of(disk: Disk) -> Geometry | None:

@@ -30,6 +30,7 @@ from ..image.image import Qcow2Image
 from .compare import Progress
 from .diff import range_bytes
 from .tables import DATA, SLICE, STREAM, ZEROES, Kinds, Mask, Tables, require_readable, units
+from .usable import usable_bits
 
 GRANULARITIES = tuple(1 << bits for bits in range(12, 22))
 """Bytes: 4 KiB to 2 MiB, what is worth thinking about."""
@@ -81,8 +82,9 @@ class Estimate:
         has_backing: the image has a backing file, so what it holds nothing of may be data below.
         runs: dirty ranges, as long as they come.
         rows: from the finest granularity to the coarsest; the bitmap's own is among them.
-        coarser: the coarsest granularity that would copy hardly more, or None.
+        coarser: the coarsest granularity that would copy hardly more, with a smaller bitmap, or None.
         finer: one that may copy much less, and is worth a measurement, or None.
+        is_scattered: the dirty ranges are short, so most of what is copied may be the edges of what was written.
     """
 
     image: Path
@@ -94,6 +96,7 @@ class Estimate:
     rows: tuple[AtGranularity, ...]
     coarser: int | None
     finer: int | None
+    is_scattered: bool
 
     @property
     def current(self) -> AtGranularity:
@@ -120,6 +123,7 @@ def estimate(
 
     Raises:
         BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: a bitmap has no bits to be relied on.
+        InUseError: a running VM has its bits in memory.
         CorruptImageError: a mapping table cannot be read.
         Qcow2bmError: as `qcow2bm.open`.
     """
@@ -137,7 +141,7 @@ def estimates(
     stored = [directory.find(name) for name in bitmaps] or [
         bitmap for bitmap in directory.bitmaps if bitmap.state is State.READY
     ]
-    counts = [_Count(image.geometry, bitmap.granularity, bitmap.readable_bits()) for bitmap in stored]
+    counts = [_Count(image.geometry, bitmap.granularity, usable_bits(bitmap)) for bitmap in stored]
     size = image.geometry.virtual_size
     if counts:
         for start, kinds in _mapped(image):
@@ -240,9 +244,11 @@ def _estimate(image: Qcow2Image, bitmap: StoredBitmap, count: _Count) -> Estimat
     has_backing = image.backing_file is not None
     runs = sum(1 for _ in count.bits.runs())
     coarser = _coarser(exact, has_backing=has_backing)
-    wanted = _finer(exact[0], rows, runs) if finer and coarser is None else None
+    is_scattered = exact[0].dirty < _SHORT_RUN * runs * own
+    wanted = _finer(exact[0], rows) if finer and coarser is None and is_scattered else None
     return Estimate(
         image.file.path, bitmap.name, geometry.virtual_size, own, has_backing, runs, rows, coarser, wanted,
+        is_scattered,
     )  # fmt: skip
 
 
@@ -269,21 +275,23 @@ def _bounded(geometry: Geometry, count: _Count, granularity: int, own: AtGranula
 
 
 def _coarser(exact: list[AtGranularity], *, has_backing: bool) -> int | None:
-    """The coarsest granularity that copies hardly more than the bitmap's own."""
+    """The coarsest granularity that copies hardly more than the bitmap's own; none if the bitmap gets no smaller."""
     own = copied(exact[0], has_backing=has_backing)
     if not own:
         return None
-    fitting = [row for row in exact[1:] if copied(row, has_backing=has_backing) <= own * (1 + _TOLERANCE)]
-    return fitting[-1].granularity if fitting else None
+    best = exact[0]
+    for row in exact[1:]:
+        fits = copied(row, has_backing=has_backing) <= own * (1 + _TOLERANCE)
+        best = row if fits and row.bitmap_bytes < best.bitmap_bytes else best
+    return best.granularity if best is not exact[0] else None
 
 
-def _finer(own: AtGranularity, rows: tuple[AtGranularity, ...], runs: int) -> int | None:
-    """A finer granularity that is worth a measurement: the dirty ranges are short, and there is something to save."""
+def _finer(own: AtGranularity, rows: tuple[AtGranularity, ...]) -> int | None:
+    """A finer granularity that is worth a measurement of scattered bits: if there is more to save than it takes."""
     wanted = max(own.granularity // _FINER, rows[0].granularity)
     row = [row for row in rows if row.granularity <= wanted][-1]
-    is_short = own.dirty < _SHORT_RUN * runs * own.granularity
     saved, grown = own.data - row.least_data, row.bitmap_bytes - own.bitmap_bytes
-    return row.granularity if is_short and saved > grown else None
+    return row.granularity if saved > grown else None
 
 
 def copied(row: AtGranularity, *, has_backing: bool) -> int:

@@ -160,11 +160,13 @@ class Layer(Protocol):
     Attributes:
         size: in bytes, in whole sectors.
         is_shareable: several threads may read what its extents name. Of a file with changes over it one may.
+        files: what it is stored in: the file itself, and the external data file of an image that has one.
     """
 
     size: int
     path: Path
     is_shareable: bool
+    files: tuple[ImageFile, ...]
 
     def pieces(self, start: int, stop: int) -> Iterator[Extent]:
         """The extents between two offsets within the layer, in order and without gaps.
@@ -179,6 +181,7 @@ class RawLayer:
 
     def __init__(self, file: ImageFile) -> None:
         self._store = FileStore(file)
+        self.files: tuple[ImageFile, ...] = (file,)
         self.path = file.path
         self.is_shareable = not isinstance(file, OverlayFile)
         self.size = round_up(file.size, SECTOR)
@@ -200,7 +203,8 @@ class Qcow2Layer:
         self.path = image.file.path
         self.is_shareable = not isinstance(image.file, OverlayFile)
         self.size = image.geometry.virtual_size // SECTOR * SECTOR
-        self._host = FileStore(data_file if data_file is not None else image.file)
+        self.files: tuple[ImageFile, ...] = (image.file,) if data_file is None else (image.file, data_file)
+        self._host = FileStore(self.files[-1])
         self._streams = StreamStore(image)
         self._tables = Tables.active(image)
         self._slices: OrderedDict[tuple[int, int], Units | None] = OrderedDict()

@@ -12,7 +12,6 @@ never opened by the name in the image: its path comes from the user.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..errors import (
     CorruptImageError,
     ImageIOError,
     NotQcow2Error,
+    Qcow2bmError,
     UnsupportedImageError,
     UsageError,
     naming,
@@ -33,7 +33,9 @@ from ..image.file import ImageFile
 from ..image.image import Qcow2Image, take_locks
 from ..image.plan import SECTOR
 from .disk import Disk
-from .layers import Layer, Qcow2Layer, RawLayer, file_identity
+from .encrypted import LUKS, EncryptedDiskError, decrypting, refusal
+from .layers import Layer, Qcow2Layer, RawLayer
+from .pairing import identities, is_same
 
 MAX_DEPTH = 256
 """Files of a chain; libvirt takes 200."""
@@ -88,7 +90,8 @@ def open_disk(path: str | os.PathLike[str], *, format: str | None = None, rules:
 
     Raises:
         UsageError: another format, or one that must be named.
-        UnsupportedImageError: encrypted, a chain that is not made of files, a loop, a data file that nobody named.
+        EncryptedDiskError: one of its files is encrypted.
+        UnsupportedImageError: a chain that is not made of files, a loop, a data file that nobody named.
         NotQcow2Error, CorruptImageError, InUseError, ImageIOError: as `Qcow2Image.open`.
     """
     return _Opening(rules).disk(Path(path), format)
@@ -103,11 +106,13 @@ def view_of(image: Qcow2Image, disk: str | os.PathLike[str] | None, *, rules: Ru
     """What a guest finds on an image, or the raw view of it that the user has, for want of a key.
 
     Raises:
+        UsageError: there is a view, and the image's own disk can be read.
         BitmapSizeMismatchError: the view is of another size.
         UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: as `open_disk`.
     """
     if disk is None:
         return disk_of(image, rules=rules)
+    _require_encrypted(image, rules)
     view = open_disk(disk, format="raw", rules=rules)
     size = image.geometry.virtual_size
     if view.size != round_up(size, SECTOR):
@@ -118,6 +123,20 @@ def view_of(image: Qcow2Image, disk: str | os.PathLike[str] | None, *, rules: Ru
     return view
 
 
+def _require_encrypted(image: Qcow2Image, rules: Rules) -> None:
+    """Raise UsageError if the image's own disk can be read: a copy of it may be older, or of another disk.
+
+    Why else it cannot be read is raised as it is.
+    """
+    try:
+        disk_of(image, rules=rules).close()
+    except EncryptedDiskError:
+        return
+    raise UsageError(
+        "nothing of its disk is encrypted, so it is read as it is", hint="leave --disk out", image=image.file.path
+    )
+
+
 class _Opening:
     """A chain as it is being opened."""
 
@@ -126,7 +145,8 @@ class _Opening:
         self._files: list[ImageFile] = []
         self._layers: list[Layer] = []
         self._seen: set[Hashable] = set()
-        self._held = {_plain_identity(file) for file in rules.held}
+        self._held = {one for file in rules.held for one in identities(file)}
+        self._encrypted: list[tuple[int, Path, str]] = []  # depth, path and format of what is
 
     def disk(self, path: Path, said: str | None) -> Disk:
         try:
@@ -138,7 +158,7 @@ class _Opening:
 
     def disk_of(self, image: Qcow2Image) -> Disk:
         try:
-            self._seen.add(_plain_identity(image.file))
+            self._seen |= identities(image.file)
             with naming(image.file.path):
                 self._add_image(image)
             return self._finished()
@@ -147,21 +167,31 @@ class _Opening:
             raise
 
     def _finished(self) -> Disk:
-        """Follow the backing names to the end."""
+        """Follow the backing names to the end; raises EncryptedDiskError if anything on the way is encrypted."""
+        try:
+            self._follow()
+        except Qcow2bmError:
+            if not self._encrypted:
+                raise
+        if self._encrypted:
+            top = self._layers[0]
+            raise refusal(top.path, "qcow2" if isinstance(top, Qcow2Layer) else LUKS, self._encrypted)
+        first = self._layers[0]
+        size = first.image.geometry.virtual_size if isinstance(first, Qcow2Layer) else first.size
+        return Disk(self._layers, size, self._files)
+
+    def _follow(self) -> None:
         while isinstance(top := self._layers[-1], Qcow2Layer) and (name := top.image.backing_file) is not None:
             with naming(top.path):
                 if len(self._layers) >= MAX_DEPTH:
                     raise UnsupportedImageError(f"its backing chain has more than {MAX_DEPTH} files")
                 said = (top.image.extensions.text(ExtensionType.BACKING_FORMAT) or "").partition("\0")[0] or None
                 path = backing_path(top.path, name)
-                if said is not None and said not in _FORMATS:
+                if said is not None and said not in (*_FORMATS, LUKS):
                     raise UnsupportedImageError(
                         f"its backing file '{name}' has format '{said}'", hint="only raw and qcow2 files are read"
                     )
             self._add(path, said, f"the backing file of {top.path}")
-        first = self._layers[0]
-        size = first.image.geometry.virtual_size if isinstance(first, Qcow2Layer) else first.size
-        return Disk(self._layers, size, self._files)
 
     def _close(self) -> None:
         for file in self._files:
@@ -169,12 +199,14 @@ class _Opening:
 
     def _add(self, path: Path, said: str | None, what: str) -> None:
         """Open one more layer."""
-        if said is not None and said not in _FORMATS:
+        if said is not None and said not in _FORMATS and (said != LUKS or what == _NAMED):
             raise UsageError(f"format '{said}' is not known, only raw and qcow2 are")
         file = self._open(path)
         with naming(path):
             kind = said or self._guess(file, what)
-            if kind == "raw":
+            if kind != "qcow2":
+                if kind == LUKS:
+                    self._encrypted.append((len(self._layers), path, LUKS))
                 self._layers.append(RawLayer(file))
                 return
             image = Qcow2Image.open(path, use_locks=False, open_file=lambda *_, **__: file)
@@ -188,12 +220,12 @@ class _Opening:
             raise ImageIOError(error.message.removesuffix(", not a qcow2 image"), image=path) from error
         self._files.append(file)
         with naming(path):
-            identity = _plain_identity(file)
-            if identity in self._held:
+            known = identities(file)
+            if known & self._held:
                 raise UsageError("it is the very image that is being changed: name a copy of it from before")
-            if identity in self._seen:
+            if known & self._seen:
                 raise UnsupportedImageError("it comes twice in one chain: the chain is a loop")
-            self._seen.add(identity)
+            self._seen |= known
             if self._rules.use_locks:
                 take_locks(file, writable=False, force_share=self._rules.force_share)
         return file
@@ -206,6 +238,13 @@ class _Opening:
             found = "dmg"
         if found is None or (found == "qcow2" and self._rules.guess):
             return found or "raw"
+        if found == LUKS:
+            raise UsageError(
+                f"nobody says which format {what} has, and it begins like LUKS",
+                hint="if it is, it is encrypted, and only a decrypted copy can be read: "
+                f"`{decrypting(file.path, LUKS, [(0, LUKS)])}`; if a guest encrypts a raw disk itself, "
+                "say that it is raw with --format-a, --format-b or --against-format",
+            )
         option = "say so with --format-a, --format-b or --against-format"
         raise UsageError(
             f"nobody says which format {what} has, and it begins like {found}",
@@ -218,18 +257,16 @@ class _Opening:
         )
 
     def _add_image(self, image: Qcow2Image) -> None:
-        method = ENCRYPTION[image.header.crypt_method]
-        if method != "none":
-            raise UnsupportedImageError(
-                f"it is encrypted ({method}), so what a guest reads cannot be read here",
-                hint=f"what needs no guest data works on it; for the rest take a decrypted copy: `{decrypting(image)}`",
-            )
-        self._layers.append(Qcow2Layer(image, self._data_file(image)))
+        is_encrypted = ENCRYPTION[image.header.crypt_method] != "none"
+        if is_encrypted:
+            self._encrypted.append((len(self._layers), image.file.path, "qcow2"))
+        # Of what is encrypted only the backing file's name is of use: no data is read.
+        self._layers.append(Qcow2Layer(image, None if is_encrypted else self._data_file(image)))
 
     def _data_file(self, image: Qcow2Image) -> ImageFile | None:
         if not image.header.has_data_file:
             return None
-        path = next((data for name, data in self._rules.data_files.items() if _same(name, image.file.path)), None)
+        path = next((data for name, data in self._rules.data_files.items() if is_same(name, image.file.path)), None)
         if path is None:
             name = image.extensions.text(ExtensionType.DATA_FILE) or ""
             raise UnsupportedImageError(
@@ -237,13 +274,6 @@ class _Opening:
                 hint="say where that is with --data-file: no name in an image is believed for it",
             )
         return self._open(path)
-
-
-def decrypting(image: Qcow2Image) -> str:
-    """The command that makes a decrypted copy of an image's disk: `KEYFILE` holds the passphrase, `COPY` is raw."""
-    name = str(image.file.path).replace(",", ",,")  # as QEMU's options have it
-    options = f"driver=qcow2,file.filename={name},encrypt.key-secret=key"
-    return f"qemu-img convert --object secret,id=key,file=KEYFILE --image-opts {shlex.quote(options)} -O raw COPY"
 
 
 def backing_path(image: Path, name: str) -> Path:
@@ -268,12 +298,3 @@ def backing_path(image: Path, name: str) -> Path:
             hint="only files are read: convert the disk to one with `qemu-img convert`",
         )
     return image.parent / plain
-
-
-def _plain_identity(file: ImageFile) -> Hashable:
-    """Equal for one file, whether or not one side sees changes over it."""
-    return file_identity(getattr(file, "base", file))
-
-
-def _same(left: Path, right: Path) -> bool:
-    return left == right or left.absolute() == right.absolute()

@@ -24,8 +24,9 @@ import math
 import os
 import random
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,35 @@ from ..bitmap.store import BitmapDirectory
 from ..errors import UsageError, naming
 from ..format.geometry import div_up
 from ..image.image import Qcow2Image
-from .compare import Progress, differing, pairs
+from .batches import pairs
+from .compare import Progress, differing, differing_pairs
 from .diff import Range, range_bytes, ranges
 from .disk import Disk
+from .layers import Extent
 from .marks import Marks
 from .opening import Rules, open_disk, view_of
+from .pairing import require_apart, require_owners
+from .usable import usable_bits
+
+_READ_COSTS = 128 << 10
+"""A read by itself takes as long as so many bytes of a long one."""
+_FEW_READS = 2048
+"""So many are done in no time, whatever else would be."""
+_OFTEN = 1024
+"""Rows between two words about the progress."""
+
+
+class Verdict(Enum):
+    """What a comparison says of a bitmap."""
+
+    COVERED = "covered"
+    """Every change is marked."""
+    SAMPLED = "sampled"
+    """Nothing was missed in what was compared, which is no proof."""
+    MISSED = "missed"
+    """Changes are missed: backups by it lack them."""
+    UNDECIDED = "undecided"
+    """It does not record, and something is not marked that may have been changed since it stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +112,8 @@ class Coverage:
     """How a bitmap compares with what has changed. Sizes in bytes, `missed` and `excess` in granules of the bitmap.
 
     Attributes:
+        recording: False for a bitmap that stands for a time that is over. Then what is missed may have been changed
+            after that time, which is no fault, or in it, which is one: nobody can tell.
         missed: granules that differ and are not marked; of a sample those that were found.
         excess: granules that are marked and do not differ; None if only a sample was compared.
         changed: granules that differ; None as `excess`.
@@ -109,6 +136,13 @@ class Coverage:
     def is_covered(self) -> bool:
         """True if nothing was found that the bitmap misses."""
         return not self.missed_bytes
+
+    @property
+    def verdict(self) -> Verdict:
+        """What that means."""
+        if not self.is_covered:
+            return Verdict.MISSED if self.recording else Verdict.UNDECIDED
+        return Verdict.COVERED if self.sample is None or self.sample.is_complete else Verdict.SAMPLED
 
     @property
     def missed_bytes(self) -> int:
@@ -154,14 +188,16 @@ def prove(
         against_format: "raw" or "qcow2"; None for raw, unless the file begins like something else.
         disk: a raw view of the image's own disk, for one that is encrypted.
         data_files: the external data file of each image that has one.
-        sample: compare at most so many bytes, and say what chance that leaves; None for all.
+        sample: compare at most so many bytes, and say what chance that leaves; None for all. Where all is read sooner
+            than so many single granules, all is compared, and the result has no sample.
         seed: of the sample; None for a new one.
         use_locks: False takes no locks.
         progress: called with bytes of the disk done, and in all.
 
     Raises:
         BitmapNotFoundError, BitmapInconsistentError, BitmapBrokenError: there are no bits to be relied on.
-        UsageError: the sample holds no granule, `against` is the image itself, or a format must be named.
+        UsageError: the sample holds no granule, `against` or a file of its chain is what the image is written to, a
+            format must be named, a data file is nobody's, or `disk` is given for an image that can be read.
         BitmapSizeMismatchError: `disk` is of another size than the image's.
         UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: as `qcow2bm.open`, of any file.
     """
@@ -170,10 +206,11 @@ def prove(
         opened = stack.enter_context(Qcow2Image.open(image, use_locks=use_locks))
         with naming(opened.file.path):
             stored = BitmapDirectory(opened).find(bitmap)
-            bits = stored.readable_bits()
-        require_other(opened.file.path, Path(against))
+            bits = usable_bits(stored)
         old = stack.enter_context(open_disk(against, format=against_format, rules=rules))
         new = stack.enter_context(view_of(opened, disk, rules=rules))
+        require_owners(rules.data_files, old, new, image=opened)
+        require_apart(old, new, image=opened, data_files=rules.data_files)
         facts = (
             opened.file.path, bitmap, Path(against), opened.geometry.virtual_size, old.size, stored.granularity,
             stored.recording,
@@ -181,15 +218,16 @@ def prove(
         case = _Case(old, new, bits, stored.granularity)
         if sample is None:
             return Coverage(*facts, *_in_full(case, progress))
-        missed, drawn = _in_part(case, sample, seed, progress)
+        part = _in_part(case, sample, seed, progress)
+        if part is None:
+            return Coverage(*facts, *_in_full(case, _second(progress, case.new.size)))
+        missed, drawn = part
         return Coverage(*facts, missed, None, None, drawn)
 
 
-def require_other(image: Path, against: Path) -> None:
-    """Raise UsageError if the older copy is the image itself: nothing differs from itself, and that proves nothing."""
-    with contextlib.suppress(OSError):
-        if image.samefile(against):
-            raise UsageError("it is the image itself: name a copy from when the bitmap began", image=against)
+def _second(progress: Progress, before: int) -> Progress:
+    """The progress of what comes after so many bytes that were gone through already."""
+    return lambda done, total: progress(before + done, before + total)
 
 
 # In full
@@ -229,37 +267,53 @@ def _held(bits: BitVector) -> BitVector:
 # In part
 
 
-def _in_part(case: _Case, limit: int, seed: int | None, progress: Progress) -> tuple[BitVector, Sample]:
-    """What a sample of at most `limit` bytes finds missed, and which it was."""
+def _in_part(case: _Case, limit: int, seed: int | None, progress: Progress) -> tuple[BitVector, Sample] | None:
+    """What a sample of at most `limit` bytes finds missed, and which it was; None where reading all is faster."""
     granularity = case.granularity
     if limit < granularity:
         raise UsageError(f"a sample of {limit} bytes holds no granule of {granularity} bytes")
-    suspects = _suspects(case)
+    size = case.new.size
+    suspects, unlike = _suspects(case, lambda done: progress(done, size + min(limit, size)))
     total = suspects.count()
     count = min(limit // granularity, total)
     number = secrets.randbits(32) if seed is None else seed
     drawn = _drawn(total, count, random.Random(number))  # noqa: S311 - chosen to be fair, not to be secret
+    chosen = list(joined((granule, granule + 1) for granule in _nth_set(suspects, drawn)))
+    if len(chosen) > _FEW_READS and count * granularity + len(chosen) * _READ_COSTS > unlike:
+        return None
     marks = case.marks()
-    done = 0
-    for first, stop in joined((granule, granule + 1) for granule in _nth_set(suspects, drawn)):
-        start, end = first * granularity, stop * granularity
-        with contextlib.closing(
-            differing(case.old, case.new, granularity, start=start, stop=end, zero_tail=True)
-        ) as runs:
-            for run in runs:
-                marks.mark(*run)
-        done += stop - first
-        progress(done * granularity, count * granularity)
+    with contextlib.closing(_compared(case, chosen, count, _second(progress, size))) as runs:
+        for run in runs:
+            marks.mark(*run)
     return marks.vector(), Sample(number, total, count)
 
 
-def _suspects(case: _Case) -> BitVector:
-    """Granules that the bitmap calls clean and that must be read to know it."""
-    marks = case.marks()
-    for left, right in pairs(case.old, case.new, zero_tail=True):
+def _compared(case: _Case, chosen: list[Range], count: int, progress: Progress) -> Generator[Range, None, None]:
+    """Of runs of granules (first, end) those that differ; `count` is how many they are."""
+    granularity, done = case.granularity, 0
+
+    def rows() -> Iterator[tuple[Extent, Extent]]:
+        nonlocal done
+        for first, stop in chosen:
+            yield from pairs(case.old, case.new, first * granularity, stop * granularity, zero_tail=True)
+            done += stop - first
+
+    yield from differing_pairs(
+        case.old, case.new, rows(), granularity, length=count * granularity,
+        progress=lambda *_: progress(done * granularity, count * granularity),
+    )  # fmt: skip
+
+
+def _suspects(case: _Case, progress: Callable[[int], None]) -> tuple[BitVector, int]:
+    """Granules that the bitmap calls clean and that must be read to know it, and bytes that a full proof would read."""
+    marks, unlike = case.marks(), 0
+    for number, (left, right) in enumerate(pairs(case.old, case.new, zero_tail=True)):
         if not left.is_stored_as(right):
             marks.mark_bytes(right.offset, right.end)
-    return marks.vector().combined(Op.SUBTRACT, case.bits)
+            unlike += right.length
+        if number % _OFTEN == 0:
+            progress(right.offset)
+    return marks.vector().combined(Op.SUBTRACT, case.bits), unlike
 
 
 def _drawn(total: int, count: int, chance: random.Random) -> Iterator[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .disks import DataFilesOption, DiskFormat, TwoDisks, format_of
+from .disks import DataFilesOption, DiskFormat, TwoDisks, format_of, shut_down_first
 from .extent_list import members, print_csv, print_rows, rows
 from .forms import DirtyOnlyOption, ExtentsOption, Form, FormOption
 from .options import DryRunOption, GranularityOption, NoLockOption, ProgressOption, UndoOption
@@ -106,7 +106,7 @@ def _require(holds: bool, text: str) -> None:
 def _compared(disks: TwoDisks, granularity: int | None, progress: bool | None) -> Difference:
     from ..chain.diff import difference
 
-    with disks.opened() as (old, new), ProgressBar(wanted=progress) as bar:
+    with shut_down_first(), disks.opened() as (old, new), ProgressBar(wanted=progress) as bar:
         return difference(old, new, granularity, progress=bar)
 
 

@@ -11,7 +11,7 @@ from ..errors import BitmapSizeMismatchError, UsageError
 from ..format.geometry import round_up
 from ..image.plan import SECTOR
 from .change import How, change
-from .disks import TwoDisks
+from .disks import TwoDisks, require_place_for_undo, shut_down_first, warn_if_outdated
 from .progress import ProgressBar
 from .references import parse_reference
 from .sizes import human_size
@@ -34,6 +34,8 @@ def keep(disks: TwoDisks, into: str, granularity: int | None, how: How, *, merge
         Qcow2bmError: one of the disks cannot be read, or the commit fails.
     """
     image, name = parse_reference(into)
+    require_place_for_undo(how)
+    warn_if_outdated(disks.new, image)
 
     def edit(opened: api.Image, draft: Edit) -> None:
         with disks.opened(opened.qcow2) as (old, new):
@@ -54,7 +56,8 @@ def keep(disks: TwoDisks, into: str, granularity: int | None, how: How, *, merge
         size = human_size(found.differing_bytes)
         draft.summary.append(f"marked is what differs between {disks.old} and {disks.new}: {size}")
 
-    return change(image, edit, how)
+    with shut_down_first():
+        return change(image, edit, how)
 
 
 def _require_same_size(image: api.Image, new: Disk) -> None:

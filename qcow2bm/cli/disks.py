@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from ..errors import UsageError
+from ..errors import InUseError, UndoError, UsageError
 from .output import warn
 from .references import same_file
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ..chain.disk import Disk  # loads numpy
     from ..chain.opening import Rules
     from ..image.image import Qcow2Image
+    from .change import How
 
 
 class DiskFormat(StrEnum):
@@ -36,9 +39,22 @@ class DataFile(NamedTuple):
 
 
 def parse_data_file(text: str) -> DataFile:
-    """`IMAGE=PATH`, or `PATH` alone."""
-    image, equals, path = text.partition("=")
-    return DataFile(Path(image), Path(path)) if equals else DataFile(None, Path(text))
+    """`IMAGE=PATH`, or `PATH` alone. Names may hold a `=` themselves: what is there as files tells what is meant."""
+    splits = [DataFile(Path(text[:place]), Path(text[place + 1 :])) for place, char in enumerate(text) if char == "="]
+    alone = DataFile(None, Path(text))
+    if not splits or (alone.path.exists() and not any(_exists(one) for one in splits)):
+        return alone
+    return next(
+        (one for one in splits if _exists(one)), next((one for one in splits if _is_file(one.image)), splits[0])
+    )
+
+
+def _exists(file: DataFile) -> bool:
+    return _is_file(file.image) and _is_file(file.path)
+
+
+def _is_file(path: Path | None) -> bool:
+    return path is not None and path.exists() and not path.is_dir()
 
 
 AgainstOption = Annotated[
@@ -66,7 +82,7 @@ DiskOption = Annotated[
     Path | None,
     typer.Option(
         "--disk", metavar="RAW", show_default=False,
-        help="For an encrypted IMAGE: a decrypted raw copy or device of its disk, as it is now.",
+        help="Where IMAGE or its backing file is encrypted: a decrypted raw copy or device of its disk, as it is now.",
     ),
 ]  # fmt: skip
 
@@ -98,11 +114,32 @@ def warn_if_outdated(disk: Path | None, image: Path) -> None:
 
     The copy may be right all the same, for what changes bitmaps touches the image too.
     """
-    if disk is None:
+    if disk is None or same_file(disk, image):
         return
     with contextlib.suppress(OSError):  # opening it will say so
         if disk.is_file() and disk.stat().st_mtime < image.stat().st_mtime:
             warn("older than the image: if a VM ran since it was made, make a new one", disk)
+
+
+def require_place_for_undo(how: How) -> None:
+    """Raise UndoError where no undo file can be made, before the long work and not after it."""
+    if how.undo is None or how.dry_run:
+        return
+    if os.path.lexists(how.undo):
+        raise UndoError(f"cannot create the undo file {how.undo}: {os.strerror(errno.EEXIST)}")
+    if not how.undo.parent.is_dir():
+        raise UndoError(f"cannot create the undo file {how.undo}: {os.strerror(errno.ENOENT)}")
+
+
+@contextlib.contextmanager
+def shut_down_first() -> Iterator[None]:
+    """What is in use has to be left by its user: a comparison cannot look at a disk that is being written to."""
+    try:
+        yield
+    except InUseError as error:
+        if "-U" in (error.hint or ""):  # none of these commands has that
+            error.hint = "shut the VM down first: a disk that changes meanwhile cannot be compared"
+        raise
 
 
 def format_of(path: Path, said: DiskFormat | None) -> str | None:
@@ -128,8 +165,14 @@ class TwoDisks:
 
     @contextlib.contextmanager
     def opened(self, target: Qcow2Image | None = None) -> Iterator[tuple[Disk, Disk]]:
-        """Both of them, open; the newer one may be `target`, which is open already."""
+        """Both of them, open; the newer one may be `target`, which is open already, and gets the result.
+
+        Raises:
+            UsageError: the result would be of a disk and itself, or a data file is named for none of the images.
+            Qcow2bmError: as `open_disk`.
+        """
         from ..chain.opening import disk_of, open_disk
+        from ..chain.pairing import require_apart, require_owners
 
         chosen = rules(self.data_files, self.new, use_locks=self.use_locks)
         if target is not None:
@@ -143,4 +186,7 @@ class TwoDisks:
             else:
                 newer = open_disk(self.new, format=self.new_format, rules=chosen)
             with newer as new:
+                require_owners(chosen.data_files, old, new, image=target)
+                if target is not None:
+                    require_apart(old, new, image=target, data_files=chosen.data_files)
                 yield old, new

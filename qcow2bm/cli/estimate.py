@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from .. import api
+from ..bitmap.store import State
+from ..errors import naming
+from .failures import BROKEN_BITMAP
 from .options import BitmapsArgument, ForceShareOption, ImageArgument, OutputOption, ProgressOption
 from .output import Cell, Column, JsonObject, Output, print_json, print_pairs, print_table, warn
 from .progress import ProgressBar
+from .reading import complaints, reading
 from .sizes import exact_size, human_size, percent
 
 if TYPE_CHECKING:
@@ -25,6 +30,9 @@ _COLUMNS = (
 _QEMU_UNIT = 64 << 10
 """QEMU's own backup job copies no less at once."""
 
+_STATES = {State.ACTIVE: "in use by a running VM, which has its bits in memory"}
+"""States of which the name says too little."""
+
 
 def estimate(
     image: ImageArgument,
@@ -39,24 +47,34 @@ def estimate(
     Only the mapping is read, no guest data and no other file, so it works on encrypted images too. Dirty data is what
     costs something; dirty zeroes do not, and what the image holds nothing of is the backing file's. A coarser
     granularity is told exactly; of a finer one only bounds are known, for nobody knows which part of a granule was
-    written. Without names all bitmaps that are ready.
-    """
-    from ..chain.estimate import estimate as estimated
+    written.
 
-    if force_share:
-        warn("read without keeping writers out: what is shown may be stale", image)
-    with ProgressBar(wanted=progress) as bar:
-        found = estimated(image, *(bitmaps or []), force_share=force_share, progress=bar)
+    Without names all bitmaps that are ready. Which are left out is said; as with `list`, exit status 4 means that one
+    of them is broken.
+    """
+    from ..chain.estimate import estimates
+
+    with reading(image, force_share=force_share) as opened:
+        with naming(image), ProgressBar(wanted=progress) as bar:
+            found = estimates(opened.qcow2, *(bitmaps or []), progress=bar)
+        left_out = [] if bitmaps else [bitmap for bitmap in opened.bitmaps if bitmap.state is not State.READY]
+        broken = [] if bitmaps else complaints(opened.bitmaps)
     if output is Output.JSON:
-        print_json({"image": str(image), "estimates": [_document(one) for one in found]})
-        return 0
-    if not found:
-        print("no bitmap is ready")
-    for place, one in enumerate(found):
-        if place:
-            print()
-        _print(one)
-    return 0
+        others = [{"bitmap": bitmap.name, "state": bitmap.state.value} for bitmap in left_out]
+        print_json({"image": str(image), "estimates": [_document(one) for one in found], "left-out": others})
+    else:
+        _print_all(found)
+    if left_out:
+        warn(_why_left_out(left_out), image)
+    for text in broken:
+        warn(text, image)
+    return BROKEN_BITMAP if broken else 0
+
+
+def _why_left_out(bitmaps: Sequence[api.Bitmap]) -> str:
+    """Which bitmaps have no bits to be relied on: how many, and why."""
+    listed = ", ".join(f"'{bitmap.name}' is {_STATES.get(bitmap.state, bitmap.state.value)}" for bitmap in bitmaps)
+    return f"{len(bitmaps)} left out: {listed}"
 
 
 # JSON
@@ -99,6 +117,15 @@ def _copied(found: Estimate, row: AtGranularity) -> int:
 # For reading
 
 
+def _print_all(found: Sequence[Estimate]) -> None:
+    if not found:
+        print("no bitmap is ready")
+    for place, one in enumerate(found):
+        if place:
+            print()
+        _print(one)
+
+
 def _print(found: Estimate) -> None:
     own = _copied(found, found.current)
     print_pairs(
@@ -134,8 +161,9 @@ def _advice(found: Estimate) -> Iterator[str]:
     own, bits = _copied(found, found.current), found.current.bitmap_bytes
     if not found.runs:
         yield "Nothing is dirty: which granularity would pay cannot be told."
-        return
-    if found.coarser is not None:
+    elif not own:
+        yield "Nothing that is dirty is data: the next incremental copies next to nothing, at this granularity."
+    elif found.coarser is not None:
         row = found.at(found.coarser)
         more = _copied(found, row) - own
         what = f"{human_size(more)} more, {percent(more, own)}" if more else "no more"
@@ -151,10 +179,30 @@ def _advice(found: Estimate) -> Iterator[str]:
             f"instead of {human_size(bits)}."
         )
         yield "This bitmap cannot tell how much: let a second one record beside it, and estimate again."
-        if row.granularity < _QEMU_UNIT:
-            yield (
-                f"QEMU's own backup job copies {human_size(_QEMU_UNIT)} at least; a finer bitmap helps those that read"
-                " by it, as over NBD."
-            )
     else:
-        yield "The granularity fits: a coarser one would copy more, and the dirty ranges are long."
+        yield _why_it_fits(found)
+    if own and min(found.granularity, found.finer or found.granularity) < _QEMU_UNIT:
+        whole = ""
+        if found.granularity < _QEMU_UNIT:
+            whole = f", so by this bitmap it would copy {human_size(_copied(found, found.at(_QEMU_UNIT)))}"
+        yield (
+            f"QEMU's own backup job copies {human_size(_QEMU_UNIT)} at once, or more{whole}; a finer bitmap helps "
+            "those that read by it, as over NBD."
+        )
+
+
+def _why_it_fits(found: Estimate) -> str:
+    """Why neither a coarser granularity pays nor a finer one is worth a measurement."""
+    own = _copied(found, found.current)
+    wider = next((row for row in found.rows if row.granularity > found.granularity), None)
+    if wider is None:
+        coarser = "there is no coarser one worth thinking about"
+    elif any(_copied(found, row) > own for row in found.rows if row.granularity > found.granularity):
+        coarser = "a coarser one would copy more"
+    else:
+        coarser = "a coarser one would make the bitmap no smaller"
+    if not found.is_scattered:
+        return f"The granularity fits: {coarser}, and the dirty ranges are long."
+    if found.rows[0].granularity < found.granularity:
+        return f"The granularity fits: {coarser}, and a finer one could save no more than its bitmap grows."
+    return f"The granularity fits: {coarser}, and it is as fine as is worth thinking about."

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 
 from ..errors import Qcow2bmError
@@ -15,6 +16,9 @@ FORMAT_VERSION = 1
 """Of every JSON document; rises when a key changes its meaning or goes. New keys may come at any time."""
 
 JsonObject = Mapping[str, object]
+
+_ROWS = 1000
+"""Of a JSON array that are written at once."""
 
 
 class Output(StrEnum):
@@ -38,9 +42,9 @@ def print_json(document: JsonObject, rows: tuple[str, Iterable[JsonObject]] | No
         return
     name, members = rows
     print(f"{text[:-2]},\n  {json.dumps(name)}: [", end="")
-    separator = "\n    "
-    for member in members:
-        print(separator, json.dumps(member), sep="", end="")
+    encoded, separator = map(json.dumps, members), "\n    "
+    while some := list(islice(encoded, _ROWS)):
+        print(separator, ",\n    ".join(some), sep="", end="")
         separator = ",\n    "
     print("\n  ]\n}")
 

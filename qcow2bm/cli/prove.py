@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from heapq import merge
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import CorruptImageError, UnprovedError, UsageError
 from .disks import (
     AgainstFormatOption,
     AgainstOption,
@@ -17,6 +18,7 @@ from .disks import (
     DiskOption,
     data_files,
     format_of,
+    shut_down_first,
     warn_if_outdated,
 )
 from .options import BitmapArgument, ImageArgument, NoLockOption, OutputOption, ProgressOption
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from ..chain.prove import Coverage, Sample  # loads numpy
 
 MISSED = 2
-"""Exit status: the bitmap misses changes, so backups by it lack data."""
+"""Exit status: the bitmap misses changes, so backups by it lack data. Nothing else has it here."""
 
 _SHOWN = 20
 _CHANCES = (0.95, 0.99)
@@ -67,14 +69,18 @@ def prove(
     --sample reads a bounded part of what the bitmap calls clean, and tells how many misses that would have shown. It
     finds no excess.
 
-    Exit status: 0 nothing is missed, as far as was compared; 2 changes are missed.
+    Of a bitmap that does not record, what differs and is not marked may have been changed since it stopped: what it
+    misses is told, and that nobody knows whether that is a fault.
+
+    Exit status: 0 nothing is missed, as far as was compared; 2 something is; 1 it could not be put to the test, for
+    one of the disks cannot be read; 4 the bitmap is broken or inconsistent; 75 something is in use.
     """
     from ..chain.prove import prove as compared
 
     if seed is not None and sample is None:
         raise UsageError("--seed goes with --sample")
     warn_if_outdated(disk, image)
-    with ProgressBar(wanted=progress) as bar:
+    with _as_unproved(), shut_down_first(), ProgressBar(wanted=progress) as bar:
         found = compared(
             image,
             bitmap,
@@ -87,6 +93,8 @@ def prove(
             use_locks=not no_lock,
             progress=bar,
         )
+    if sample is not None and found.sample is None:
+        warn("all of it was compared: that is faster than so many single granules of a sample", image)
     if output is Output.JSON:
         print_json(_document(found), ("extents", _extents(found)))
     else:
@@ -95,6 +103,17 @@ def prove(
         past = human_size(found.against_size - found.virtual_size)
         warn(f"BASE is larger by {past}: no bitmap of this disk tells what became of that", image)
     return 0 if found.is_covered else MISSED
+
+
+@contextlib.contextmanager
+def _as_unproved() -> Iterator[None]:
+    """Damage that keeps the disks from being read says nothing of the bitmap, and must not look as if it did."""
+    try:
+        yield
+    except CorruptImageError as error:
+        raise UnprovedError(
+            f"nothing is proved, for it cannot be read: {error.message}", hint=error.hint, image=error.image
+        ) from error
 
 
 # JSON
@@ -110,6 +129,7 @@ def _document(found: Coverage) -> dict[str, object]:
         "granularity": found.granularity,
         "recording": found.recording,
         "covered": found.is_covered,
+        "verdict": found.verdict.value,
         "changed-bytes": found.changed_bytes,
         "missed-bytes": found.missed_bytes,
         "excess-bytes": found.excess_bytes,
@@ -149,7 +169,13 @@ def _print(found: Coverage) -> None:
         print(f"  {offset:#014x}  {length:>12}  {human_size(length)}")
     if len(ranges) > _SHOWN:
         print("  and more; --output json lists all")
-    print("\nA backup by this bitmap lacks what is missed: make a full one. `qcow2bm rebuild` mends the bitmap.")
+    if found.recording:
+        print("\nA backup by this bitmap lacks what is missed: make a full one. `qcow2bm rebuild` mends the bitmap.")
+    else:
+        print(
+            "\nThe bitmap does not record: it stands for a time that is over. What is missed was changed after that "
+            "time,\nwhich is no fault, or in it, which is one: that can be told only with a copy from when it stopped."
+        )
 
 
 def _facts(found: Coverage) -> Iterator[tuple[str, str | Cell]]:
@@ -157,6 +183,7 @@ def _facts(found: Coverage) -> Iterator[tuple[str, str | Cell]]:
     yield "image", f"{found.image}, {exact_size(found.virtual_size)}"
     yield "against", f"{found.against}, {exact_size(found.against_size)}"
     yield "granularity", exact_size(found.granularity)
+    yield "recording", "yes" if found.recording else "no: it stands for a time that is over"
     if found.changed_bytes is not None:
         yield "changed", f"{exact_size(found.changed_bytes)}, {percent(found.changed_bytes, found.virtual_size)}"
     missed = sum(1 for _ in found.missed_ranges())
@@ -168,12 +195,16 @@ def _facts(found: Coverage) -> Iterator[tuple[str, str | Cell]]:
         yield "grown by", f"{exact_size(found.virtual_size - found.against_size)}, compared with zeroes"
     if found.sample is not None:
         yield from _sample_facts(found.sample, found.granularity)
-    if missed:
-        yield "verdict", Cell("changes are missed: not to be relied on", "red")
-    elif found.sample is None or found.sample.is_complete:
-        yield "verdict", Cell("every change is marked", "green")
-    else:
-        yield "verdict", "nothing missed in what was compared, which is no proof"
+    yield "verdict", _verdict(found.verdict.value)
+
+
+def _verdict(name: str) -> Cell:
+    return {
+        "covered": Cell("every change is marked", "green"),
+        "sampled": Cell("nothing missed in what was compared, which is no proof"),
+        "missed": Cell("changes are missed: not to be relied on", "red"),
+        "undecided": Cell("not all that differs is marked, but it may have been changed later", "yellow"),
+    }[name]
 
 
 def _ranges(count: int) -> str:

@@ -15,7 +15,9 @@ from .disks import (
     DataFilesOption,
     DiskOption,
     format_of,
+    require_place_for_undo,
     rules,
+    shut_down_first,
     warn_if_outdated,
 )
 from .options import BitmapArgument, GranularityOption, ImageArgument
@@ -59,7 +61,7 @@ def rebuild(
     comparing knows nothing of what changed in that time and changed back since; with --no-union it marks what differs
     between BASE and now, and nothing else.
     """
-    from ..repair.rebuild import rebuild as drafted
+    from ..repair.rebuild import draft_rebuild
     from ..repair.salvage import Terms
 
     terms = Terms(
@@ -69,7 +71,7 @@ def rebuild(
         disk=disk,
         keep_stale=union,
     )
-
+    require_place_for_undo(how)
     warn_if_outdated(disk, image)
 
     def edit(opened: api.Image, draft: Edit) -> None:
@@ -77,6 +79,7 @@ def rebuild(
         if union is False and bitmap in found.names and not found[bitmap].recording:
             warn(f"bitmap '{bitmap}' does not record: what changed in its time and changed back is lost", image)
         with ProgressBar(wanted=how.progress) as bar:
-            drafted(draft, bitmap, terms, create=create, granularity=granularity, progress=bar)
+            draft_rebuild(draft, bitmap, terms, create=create, granularity=granularity, progress=bar)
 
-    return change(image, edit, how)
+    with shut_down_first():
+        return change(image, edit, how)

@@ -60,7 +60,10 @@ def _proposals(
         step = Step(f"salvage {listed}: {chosen.value}", RepairClass.LOSSLESS, Scope.BITMAPS, codes, bitmap=one)
         results: list[Salvaged] = []
         if candidates > 1 and not shop.policy.bitmaps and chosen in _ON_A_WORD:
-            step.refused = f"what {chosen.value} relies on is true of one bitmap and not of another: name it (--bitmap)"
+            step.refused = (
+                f"what {chosen.value} relies on is true of one bitmap and not of another: name each of which it is "
+                "(--bitmap)"
+            )
         else:
             results = [_salvaged(shop, bitmap, chosen) for bitmap in bitmaps]
             step.proof = "; ".join(dict.fromkeys(f"{result.proof.value}: {result.reason}" for result in results))

@@ -240,19 +240,22 @@ def changed_since(
     """The granules of an image's disk that differ from the base that the terms name.
 
     Raises:
-        UsageError: they name none, or the image itself.
+        UsageError: they name none, or something that the image is written to, or a data file that is nobody's.
         UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: one of the disks cannot be read.
     """
     if terms.base is None:
         raise UsageError("a rebuild needs the disk as it was when the bitmap began", hint="name it with --against")
     from ..chain.compare import compare
     from ..chain.opening import Rules, open_disk, view_of
+    from ..chain.pairing import require_apart, require_owners
 
     rules = replace(terms.rules if terms.rules is not None else Rules(), held=(image.file,))
     with (
         open_disk(terms.base, format=terms.base_format, rules=rules) as old,
         view_of(image, terms.disk, rules=rules) as new,
     ):
+        require_owners(rules.data_files, old, new, image=image)
+        require_apart(old, new, image=image, data_files=rules.data_files)
         return compare(old, new, granularity, chunk_bytes=image.geometry.cluster_size, progress=progress)
 
 

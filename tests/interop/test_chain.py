@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Hashable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from qcow2bm.bitmap.bits import BitVector
-from qcow2bm.chain.compare import BATCH, BLOCK, compare, differing
+from qcow2bm.chain.batches import BATCH, BATCH_PAIRS, batches
+from qcow2bm.chain.compare import BLOCK, compare, differing
 from qcow2bm.chain.disk import Disk
-from qcow2bm.chain.layers import FileStore, Kind, StreamStore
+from qcow2bm.chain.layers import Extent, FileStore, Kind, StreamStore
 from qcow2bm.chain.opening import Rules, disk_of, open_disk
 from qcow2bm.errors import CorruptImageError, ImageIOError, Qcow2bmError, UnsupportedImageError, UsageError
 from qcow2bm.image.image import Qcow2Image, read_head
@@ -201,11 +203,69 @@ def test_preallocated_clusters_that_the_file_has_no_bytes_for_are_not_read(tmp_p
     assert not reads
 
 
+def test_a_batch_is_bounded_wherever_extents_begin_and_end() -> None:
+    """Rows that never end where the largest cluster does, with data in every other cluster, and zeroes over borders."""
+    store = Place()
+
+    def rows(first: int, each: int, count: int) -> Iterator[tuple[Extent, Extent]]:
+        at = 0
+        for number in range(count):
+            length = first if number == 0 else each
+            left = Extent(at, length, Kind.ZERO)
+            yield left, (Extent(at, length, Kind.DATA, store, at) if number % 2 else left)
+            at += length
+
+    for first, each, count in ((96 * KIB, 64 * KIB, 20_000), (64 * KIB, 3 * MIB, 500), (512, 512, 50_000),
+                               (KIB, 60 * MIB, 20), (64 * KIB, 64 * KIB, 20_000)):  # fmt: skip
+        found = list(batches(rows(first, each, count)))
+        assert max(batch.length for batch in found) <= 2 * BATCH + 2 * MIB
+        assert max(len(batch.pairs) for batch in found) <= BATCH_PAIRS + 2 * MIB // min(each, 2 * MIB)
+        assert [batch.end for batch in found] == sorted(batch.end for batch in found)
+        read = [(left.offset, left.end) for batch in found for left, _ in batch.pairs]
+        assert sum(end - start for start, end in read) == count // 2 * each
+        assert all(one[1] <= two[0] for one, two in pairwise(read))
+
+
+class Place:
+    """A store that nobody reads."""
+
+    path = Path("nowhere")
+    identity: Hashable = "nowhere"
+    contiguous = True
+
+    def read_into(self, *_: object) -> None:
+        raise AssertionError
+
+
+def test_no_compressed_cluster_is_decompressed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a raw disk with holes at odd places, so that no extents of both end together."""
+    chance = random.Random(3)
+    raw, image = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    data = bytearray(b"".join(chance.randbytes(64) * 1024 for _ in range(24 * MIB // (64 * KIB))))
+    raw.write_bytes(data)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=2M", raw, image)
+    qemu_io(raw, *(f"write -z -u {number * 52}k 4k" for number in range(400)), fmt="raw", options=("-d", "unmap"))
+    seen: list[int] = []
+    inner = StreamStore._decompress
+
+    def decompressing(self: StreamStore, value: int) -> bytes:
+        seen.append(value)
+        return inner(self, value)
+
+    monkeypatch.setattr(StreamStore, "_decompress", decompressing)
+    with open_disk(raw) as old, open_disk(image, format="qcow2") as new:
+        found = sum(stop - first for first, stop in differing(old, new, 512))
+    assert found == 400 * 8
+    assert len(seen) == len(set(seen)) == 12
+
+
 def test_a_granularity_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "raw"
     path.write_bytes(bytes(1024))
     with open_disk(path) as disk:
-        for granularity in (0, 256, 513, 65537):
+        for granularity in (0, 256, 513, 65537, 1 << 32):
+            with pytest.raises(UsageError):
+                compare(disk, disk, granularity)
             with pytest.raises(UsageError):
                 list(differing(disk, disk, granularity))
 

@@ -21,7 +21,8 @@ import pytest
 
 import qcow2bm
 from qcow2bm import __main__
-from qcow2bm.chain.compare import BATCH, compare
+from qcow2bm.chain.batches import BATCH
+from qcow2bm.chain.compare import compare
 from qcow2bm.chain.opening import open_disk
 from qcow2bm.errors import CorruptImageError, UnsupportedImageError
 from tests.support.daemon import StorageDaemon
@@ -212,6 +213,88 @@ def test_a_missing_bitmap_is_added_if_wanted(pair: tuple[Path, Path], capsys: py
     found = {bitmap["name"]: bitmap for bitmap in bitmap_info(image)}["new"]
     assert (found["granularity"], found["flags"]) == (4 * KIB, ["auto"])
     assert read_bitmaps(image, ["new"]) == {"new": [(MIB, 64 * KIB)]}
+
+
+def test_what_cannot_end_well_is_not_begun(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A comparison may take hours: what is in the way of its result is told before."""
+    image, older = pair
+    before = digest(image)
+    (tmp_path / "there").touch()
+
+    def compared(*_: object, **__: object) -> None:
+        raise AssertionError("it was begun")
+
+    monkeypatch.setattr("qcow2bm.chain.compare.differing", compared)
+    for undo, words in ((tmp_path / "there", "File exists"), (tmp_path / "no" / "file", "No such file")):
+        for command in (
+            ["rebuild", str(image), "daily", "--against", str(older)],
+            ["diff", str(older), str(image), "--into", f"{image}#new"],
+        ):
+            assert __main__.main([*command, "--undo", str(undo)]) == 1
+            assert words in capsys.readouterr().err
+    detach(image)
+    assert __main__.main(["rebuild", str(image), "daily", "--against", str(older)]) == 4
+    assert "only all together" in capsys.readouterr().err
+    detach(image, attached=True)
+    assert digest(image) == before
+
+
+def detach(image: Path, *, attached: bool = False) -> None:
+    """What a program does to the autoclear bits that knows none of them."""
+    with image.open("r+b") as file:
+        file.seek(88)
+        file.write(int(attached).to_bytes(8, "big"))
+
+
+def test_the_command_for_detached_bitmaps_that_is_printed_works(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, older = pair
+    detach(image)
+    assert __main__.main(["rebuild", str(image), "frozen", "--against", str(older)]) == 4
+    command = shlex.split(capsys.readouterr().err.split("`")[1])
+    assert command[0] == "qcow2bm"
+    assert __main__.main([*command[1:], "--yes"]) == 0
+    assert read_bitmaps(image) == {"daily": [(MIB, 64 * KIB)], "frozen": [(MIB, 64 * KIB)]}
+
+
+def test_one_detached_bitmap_is_rebuilt_alone(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    image, older = pair
+    assert __main__.main(["remove", str(image), "frozen"]) == 0
+    detach(image)
+    capsys.readouterr()
+    document(capsys, "rebuild", image, "daily", "--against", older)
+    assert read_bitmaps(image) == {"daily": [(MIB, 64 * KIB)]}
+
+
+# ---- words that mean nothing ----
+
+
+def test_a_data_file_is_for_an_image_that_has_one(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, older = pair
+    for command in (
+        ["diff", older, image, "--data-file", older],
+        ["diff", older, image, "--data-file", f"{image}={older}", "--into", f"{image}#new"],
+        ["diff", older, image, "--data-file", f"{tmp_path / 'nosuch'}={older}"],
+        ["prove", image, "daily", "--against", older, "--data-file", older],
+        ["rebuild", image, "daily", "--against", older, "--data-file", f"nosuch={older}"],
+    ):
+        assert __main__.main([str(word) for word in command]) == 64, command
+        assert "data file" in capsys.readouterr().err
+    odd = tmp_path / "e=1.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "data_file=d=1.raw", odd.name, "8M", cwd=tmp_path)
+    for named in (tmp_path / "d=1.raw", f"{odd}={tmp_path / 'd=1.raw'}"):
+        assert document(capsys, "diff", older, odd, "--data-file", named)["differing-bytes"] == 4 * MIB
+
+
+def test_diff_has_two_formats_and_granularities_that_are_some(pair: tuple[Path, Path]) -> None:
+    image, older = pair
+    for words in (("-f", "raw"), ("-f", "qcow2"), ("-g", "0"), ("-g", "4G"), ("-g", "100"), ("-g", "256")):
+        assert __main__.main(["diff", str(older), str(image), *words]) == 64, words
 
 
 # ---- into an image ----

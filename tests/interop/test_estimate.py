@@ -16,6 +16,7 @@ import qcow2bm
 from qcow2bm import __main__
 from qcow2bm.chain.estimate import GRANULARITIES, AtGranularity
 from qcow2bm.errors import BitmapInconsistentError, BitmapNotFoundError, CorruptImageError
+from tests.support.daemon import StorageDaemon
 from tests.support.disks import KIB, MIB, STEP, Made, random_layer
 from tests.support.images import unpack
 from tests.support.qemu import qemu_img, qemu_img_json, qemu_io
@@ -116,6 +117,73 @@ def test_the_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for words in ("Coarser pays: 2 MiB", "Finer may pay", "cannot be told", "as it is", "800 KiB to 6.2 MiB"):
         assert words in said
+
+
+def advice(capsys: pytest.CaptureFixture[str], image: Path, name: str) -> str:
+    assert __main__.main(["estimate", str(image), name]) == 0
+    return capsys.readouterr().out.partition("\n\n")[2].partition("\n\n")[2]
+
+
+def test_no_advice_says_what_is_not_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "1G")
+    qemu_io(image, "write -P 1 0 256M")
+    with qcow2bm.open(image, writable=True) as opened, opened.edit() as edit:
+        for name, granularity in (("sector", 512), ("empty", 64 * KIB), ("four", 4 * KIB), ("huge", 1 << 31)):
+            edit.add(name, granularity=granularity)
+        edit.set_range("sector", 0, 512)
+        edit.set_range("four", MIB, 4 * KIB)
+        edit.set_range("huge", 0, 1)
+        for number in range(10):
+            edit.set_range("empty", 512 * MIB + number * 2 * MIB, 1)
+    capsys.readouterr()
+    said = advice(capsys, image, "sector")
+    assert "long" not in said
+    assert "as fine as is worth thinking about" in said
+    assert "by this bitmap it would copy 64 KiB" in said
+    said = advice(capsys, image, "empty")
+    assert "Nothing that is dirty is data" in said
+    assert "long" not in said
+    said = advice(capsys, image, "four")
+    assert "long" not in said
+    assert "by this bitmap it would copy 64 KiB" in said
+    said = advice(capsys, image, "huge")
+    assert "coarser one would copy more" not in said
+
+    tiny = tmp_path / "tiny.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", tiny, "256k")
+    qemu_io(tiny, "write -P 1 0 256k")
+    with qcow2bm.open(tiny, writable=True) as opened, opened.edit() as edit:
+        edit.add("daily", granularity=64 * KIB, all_dirty=True)
+    capsys.readouterr()
+    (found,) = qcow2bm.estimate(tiny)
+    assert found.coarser is None  # a byte is as small as a bitmap gets
+    said = advice(capsys, tiny, "daily")
+    assert "instead of" not in said
+    assert "no smaller" in said
+    assert "QEMU" not in said
+
+
+def test_bitmaps_that_are_left_out_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "8M")
+    qemu_img("bitmap", "--add", image, "one")
+    qemu_img("bitmap", "--add", image, "two")
+    with StorageDaemon(image) as vm:
+        vm.io("write -P 1 0 64k", "flush")
+        assert __main__.main(["estimate", "-U", "--output", "json", str(image)]) == 0
+        told = capsys.readouterr()
+        found = json.loads(told.out)
+        assert found["estimates"] == []
+        assert found["left-out"] == [{"bitmap": name, "state": "active"} for name in ("one", "two")]
+        assert "2 left out: 'one' is in use by a running VM" in told.err
+        assert __main__.main(["estimate", "-U", str(image), "one"]) == 75
+        assert "running VM" in capsys.readouterr().err
+    assert __main__.main(["estimate", "--output", "json", str(image)]) == 0
+    assert [one["bitmap"] for one in json.loads(capsys.readouterr().out)["estimates"]] == ["one", "two"]
+    stale = unpack("in-use", tmp_path / "in-use")
+    assert __main__.main(["estimate", str(stale)]) == __main__.main(["list", str(stale)])
+    assert "is inconsistent" in capsys.readouterr().err
 
 
 def test_neither_a_key_nor_another_file_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

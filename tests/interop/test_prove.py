@@ -12,7 +12,8 @@ import pytest
 
 import qcow2bm
 from qcow2bm import __main__
-from qcow2bm.errors import BitmapInconsistentError, UsageError
+from qcow2bm.chain.compare import _Comparison as Comparison
+from qcow2bm.errors import BitmapInconsistentError, CorruptImageError, UsageError
 from tests.support.daemon import StorageDaemon
 from tests.support.disks import KIB, MIB, STEP
 from tests.support.qemu import Ranges, qemu_img, qemu_io, read_bitmaps
@@ -139,6 +140,58 @@ def test_an_overlay_against_its_base_reads_the_overlay_alone(tmp_path: Path) -> 
     assert (sampled.sample.suspects, sampled.sample.is_complete) == (0, True)
 
 
+# ---- what it cannot tell ----
+
+
+def test_a_bitmap_that_does_not_record_is_not_blamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it misses was changed after its time, or in it: nobody can tell, and a rebuild would not mend it."""
+    image, older = started(tmp_path, 2 * MIB, 64 * KIB)
+    qemu_io(image, "write -P 2 0 64k")
+    qemu_img("bitmap", "--disable", image, "daily")
+    assert document(capsys, image, "daily", "--against", older)["verdict"] == "covered"
+    qemu_io(image, "write -P 3 1M 64k")
+    found = document(capsys, image, "daily", "--against", older, status=2)
+    assert (found["recording"], found["verdict"], found["missed-bytes"]) == (False, "undecided", 64 * KIB)
+    assert __main__.main(["prove", str(image), "daily", "--against", str(older)]) == 2
+    said = capsys.readouterr().out
+    assert "a time that is over" in said
+    assert "rebuild" not in said
+    qemu_img("bitmap", "--enable", image, "daily")
+    assert document(capsys, image, "daily", "--against", older, status=2)["verdict"] == "missed"
+
+
+def test_a_disk_that_cannot_be_read_is_told_apart_from_a_miss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, older = started(tmp_path, 2 * MIB, 64 * KIB)
+    damaged = tmp_path / "damaged.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", older, damaged)
+    data = bytearray(damaged.read_bytes())
+    table = int.from_bytes(data[int.from_bytes(data[40:48], "big") :][:8], "big") & 0x00FF_FFFF_FFFF_FE00
+    data[table : table + 8] = ((1 << 63) | (1 << 50) | 512).to_bytes(8, "big")
+    damaged.write_bytes(data)
+    capsys.readouterr()
+    assert __main__.main(["prove", str(image), "daily", "--against", str(damaged)]) == 1
+    assert "nothing is proved" in capsys.readouterr().err
+    assert __main__.main(["diff", str(damaged), str(image)]) == 2
+    with pytest.raises(CorruptImageError):
+        qcow2bm.prove(image, "daily", damaged, against_format="qcow2")
+
+
+def test_a_bitmap_that_a_vm_has_in_memory_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, older = started(tmp_path, MIB, 64 * KIB)
+    with StorageDaemon(image) as vm:
+        vm.io("write -P 1 0 64k", "flush")
+        assert __main__.main(["prove", str(image), "daily", "--against", str(older), "--no-lock"]) == 75
+        assert "running VM" in capsys.readouterr().err
+        assert __main__.main(["prove", str(image), "daily", "--against", str(older)]) == 75
+        said = capsys.readouterr().err
+        assert "shut the VM down" in said
+        assert "-U" not in said  # which this command does not have
+        assert __main__.main(["diff", str(older), str(image)]) == 75
+        assert "-U" not in capsys.readouterr().err
+
+
 # ---- samples ----
 
 
@@ -181,3 +234,36 @@ def test_a_sample_finds_as_often_as_it_says(half_missed: tuple[Path, Path]) -> N
         not qcow2bm.prove(image, "daily", older, sample=52 * KIB, seed=seed).is_covered for seed in range(200)
     )
     assert 25 <= found_in <= 55
+
+
+def test_a_sample_that_takes_longer_than_all_is_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Thousands of single sectors: reading the disk from end to end is faster, and tells more."""
+    image, older = started(tmp_path, 8 * MIB, 512)
+    qemu_io(image, "write -P 2 0 64k")
+    found = document(capsys, image, "daily", "--against", older, "--sample", "2M")
+    assert found["sample"] is None
+    assert (found["verdict"], found["changed-bytes"]) == ("covered", 64 * KIB)
+    capsys.readouterr()
+    assert __main__.main(["prove", str(image), "daily", "--against", str(older), "--sample", "2M"]) == 0
+    assert "all of it was compared" in capsys.readouterr().err
+    assert document(capsys, image, "daily", "--against", older, "--sample", "64k")["sample"]["compared-granules"] == 128
+
+
+def test_a_sample_is_read_by_one_set_of_threads_and_tells_how_far_it_is(
+    half_missed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, older = half_missed
+    made: list[int] = []
+    inner = Comparison.__init__
+
+    def making(self: Comparison, granularity: int, length: int, *, parallel: bool) -> None:
+        made.append(length)
+        inner(self, granularity, length, parallel=parallel)
+
+    monkeypatch.setattr(Comparison, "__init__", making)
+    told: list[tuple[int, int]] = []
+    qcow2bm.prove(image, "daily", older, sample=64 * KIB, seed=1, progress=lambda *pair: told.append(pair))
+    assert made == [64 * KIB]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[0][0] < 2 * MIB  # the suspects are being counted
+    assert told[-1] == (2 * MIB + 64 * KIB, 2 * MIB + 64 * KIB)

@@ -39,21 +39,21 @@ def loop_device(backing: Path, *, read_only: bool = False) -> Iterator[Path]:
             raise NoDeviceError(f"{WHY.format(file=file)}\n{error}") from error
     try:
         if os.geteuid() != 0:
-            _as_root("chown", str(os.getuid()), str(device))
+            as_root("chown", str(os.getuid()), str(device))
         yield device
     finally:
-        _as_root("losetup", "--detach", str(device))
+        as_root("losetup", "--detach", str(device))
 
 
 def _attach(options: list[str], backing: Path) -> Path:
-    return Path(_as_root("losetup", "--find", "--show", *options, str(backing)).strip())
+    return Path(as_root("losetup", "--find", "--show", *options, str(backing)).strip())
 
 
 def _load_driver() -> None:
     """What a plain machine may not have done yet: load the driver, make its control node. Failing shows afterwards."""
     for command in (("modprobe", "loop"), ("mknod", "/dev/loop-control", "c", "10", "237")):
         with suppress(QemuError, OSError):
-            _as_root(*command)
+            as_root(*command)
 
 
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"  # where a user's PATH does not lead
@@ -63,7 +63,7 @@ def _sudo() -> list[str]:
     return [] if os.geteuid() == 0 else ["sudo", "-n"]
 
 
-def _as_root(*argv: str) -> str:
+def as_root(*argv: str) -> str:
     program = shutil.which(argv[0], path=_PATH)
     if program is None:
         raise FileNotFoundError(f"{argv[0]} is not installed")

@@ -21,6 +21,17 @@ def test_a_data_file_is_an_images_or_the_images() -> None:
     assert data_files(None, IMAGE) == {}
 
 
+def test_a_name_with_an_equals_sign_is_what_is_there(tmp_path: Path) -> None:
+    for name in ("d=1.raw", "e=1.qcow2", "plain"):
+        (tmp_path / name).touch()
+    image, disk, plain = tmp_path / "e=1.qcow2", tmp_path / "d=1.raw", tmp_path / "plain"
+    assert parse_data_file(str(disk)) == DataFile(None, disk)
+    assert parse_data_file(f"{image}={disk}") == DataFile(image, disk)
+    assert parse_data_file(f"{plain}={disk}") == DataFile(plain, disk)
+    assert parse_data_file(f"{image}={tmp_path / 'missing=2'}") == DataFile(image, tmp_path / "missing=2")
+    assert parse_data_file("a=b=c") == DataFile(Path("a"), Path("b=c"))
+
+
 def test_an_image_has_one_data_file(tmp_path: Path) -> None:
     image, link = tmp_path / "vm.qcow2", tmp_path / "link"
     image.touch()
