@@ -14,8 +14,7 @@ from qcow2bm import __main__
 from qcow2bm.errors import InUseError, UsageError
 from qcow2bm.image.file import ImageFile
 from tests.support.daemon import StorageDaemon
-from tests.support.device import as_root as as_root
-from tests.support.device import loop_device
+from tests.support.device import as_root, loop_device
 from tests.support.disks import KIB, MIB
 from tests.support.qemu import create_luks, qemu_img, qemu_io, read_bitmaps
 
