@@ -27,8 +27,8 @@ import pytest
 from tests.support.bases import ROWS, Base, lay_out, make_bases
 from tests.support.damage import DAMAGES, Damaged, Generator
 
-ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "36"))
-"""Images for each base. The ordinary run has 36; to look for more, `DAMAGE_ROUNDS=1000 pytest -n auto` on this file."""
+ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "20"))
+"""Images for each base. The ordinary run has 20; to look for more, `DAMAGE_ROUNDS=1000 pytest -n auto` on this file."""
 
 SEEDS = range(ROUNDS * len(ROWS))
 
