@@ -203,9 +203,7 @@ class _Writer:
 
     def switch(self, entries: list[BitmapEntry], *, attach: bool) -> Callable[[HeaderDraft], Switch]:
         """What makes the new directory the valid one; `attach` where the old one did not count."""
-        directory = b"".join(entry.build() for entry in entries)
-        if len(directory) > MAX_BITMAP_DIRECTORY_BYTES:
-            raise BitmapLimitError(f"the bitmap directory would be above {MAX_BITMAP_DIRECTORY_BYTES} bytes")
+        directory = _built(entries)
         extension, pointer = self.directory.extension, self.directory.pointer
         if extension is None or pointer is None:
             return partial(header_area.attach, pointer=self._new_directory(entries, directory))
@@ -224,7 +222,7 @@ class _Writer:
         """A directory of its own for the entries; the old one is given back."""
         pointer = self.directory.pointer
         assert pointer is not None
-        directory = b"".join(entry.build() for entry in entries)
+        directory = _built(entries)
         self.change.free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         return self._new_directory(entries, directory)
 
@@ -240,6 +238,14 @@ class _Writer:
         start, stop = differing[0], differing[-1] + 1
         write = Write.replace(offset + start, old[start:stop], directory[start:stop], "bitmap directory entry")
         return write if fits_a_sector([write]) else None
+
+
+def _built(entries: Sequence[BitmapEntry]) -> bytes:
+    """The bytes of a directory; raises BitmapLimitError if there would be too many."""
+    directory = b"".join(entry.build() for entry in entries)
+    if len(directory) > MAX_BITMAP_DIRECTORY_BYTES:
+        raise BitmapLimitError(f"the bitmap directory would be above {MAX_BITMAP_DIRECTORY_BYTES} bytes")
+    return directory
 
 
 def _chunk_bytes(bits: BitVector, index: int) -> memoryview:

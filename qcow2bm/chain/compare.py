@@ -52,6 +52,7 @@ def compare(
     granularity: int,
     *,
     chunk_bytes: int = 1 << 16,
+    zero_tail: bool = False,
     progress: Progress = lambda _done, _total: None,
 ) -> BitVector:
     """The granules of `new` that differ from `old`; what lies past the end of `old` differs.
@@ -59,6 +60,7 @@ def compare(
     Args:
         granularity: bytes, a power of two of at least 512.
         chunk_bytes: as `BitVector.chunk_bytes`: the cluster size of the image that the bits are for.
+        zero_tail: as of `differing`.
 
     Raises:
         UsageError: the granularity is none.
@@ -67,7 +69,7 @@ def compare(
     """
     require_granularity(granularity)
     marks = Marks(new.size, granularity, chunk_bytes)
-    with contextlib.closing(differing(old, new, granularity, progress=progress)) as runs:
+    with contextlib.closing(differing(old, new, granularity, zero_tail=zero_tail, progress=progress)) as runs:
         for first, stop in runs:
             marks.mark(first, stop)
     return marks.vector()

@@ -38,7 +38,7 @@ from ..errors import UsageError, naming
 from ..format.geometry import div_up
 from ..image.image import Qcow2Image
 from .batches import pairs
-from .compare import Progress, differing, differing_pairs
+from .compare import Progress, compare, differing_pairs
 from .diff import Range, range_bytes, ranges
 from .disk import Disk
 from .layers import Extent
@@ -248,11 +248,10 @@ class _Case(NamedTuple):
 
 def _in_full(case: _Case, progress: Progress) -> tuple[BitVector, BitVector, BitVector]:
     """What is missed, what is excess, what has changed."""
-    marks, bits = case.marks(), case.bits
-    with contextlib.closing(differing(case.old, case.new, case.granularity, zero_tail=True, progress=progress)) as runs:
-        for first, stop in runs:
-            marks.mark(first, stop)
-    changed = marks.vector()
+    bits = case.bits
+    changed = compare(
+        case.old, case.new, case.granularity, chunk_bytes=bits.chunk_bytes, zero_tail=True, progress=progress
+    )
     return _held(changed.combined(Op.SUBTRACT, bits)), _held(bits.combined(Op.SUBTRACT, changed)), changed
 
 

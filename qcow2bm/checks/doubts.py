@@ -24,7 +24,7 @@ from ..format.entries import (
     table_entries,
 )
 from ..format.extensions import ExtensionType
-from ..format.limits import MAX_SNAPSHOTS
+from ..format.limits import MAX_REFCOUNT_ORDER, MAX_SNAPSHOTS
 from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from .lost import Leaked
 from .view import View
@@ -37,7 +37,6 @@ _TABLES = 64
 """L2 tables that are read again, to see what else their words could be."""
 _COMPARED = 512
 """Refcounts that are read in other widths."""
-_MAX_ORDER = 6
 
 
 def header_doubt(view: View, leaked: Leaked) -> str | None:
@@ -137,7 +136,7 @@ def _fits_other_width(view: View) -> bool:
     block, geometry = view.stored.block(0), view.geometry
     if block is None or view.header.version < 3:
         return False
-    orders = [order for order in range(_MAX_ORDER + 1) if order != geometry.refcount_order]
+    orders = [order for order in range(MAX_REFCOUNT_ORDER + 1) if order != geometry.refcount_order]
     for cluster in range(min(_COMPARED, geometry.cluster_size >> 3, view.census.clusters)):
         references = view.census.references(cluster)
         orders = [order for order in orders if get_refcount(block, cluster, order) == references]

@@ -16,6 +16,9 @@ from ..format.geometry import SUBCLUSTERS
 from ..format.limits import MAX_L1_ENTRIES
 from .image import Qcow2Image
 
+_AT_ONCE = 1 << 20
+"""Bytes of tables that are read at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -69,6 +72,18 @@ def read_l2(image: Qcow2Image, offset: int) -> bytes:
     """
     require_l2_aligned(image, offset)
     return image.file.read_at(offset, image.geometry.cluster_size)
+
+
+def tables_in_a_row(offsets: list[int], size: int) -> Iterator[list[int]]:
+    """Offsets of tables of `size` bytes in groups that lie in a row in the file, to be read at once: a MiB at most."""
+    group: list[int] = []
+    for offset in offsets:
+        if group and (offset != group[-1] + size or len(group) * size >= _AT_ONCE):
+            yield group
+            group = []
+        group.append(offset)
+    if group:
+        yield group
 
 
 def runs(image: Qcow2Image) -> Iterator[Run]:

@@ -14,16 +14,13 @@ from itertools import chain
 from ..errors import RUN_CHECK, ProofError
 from ..format.entries import L2Entry, table_entries
 from .image import Qcow2Image
-from .mapping import read_l2
+from .mapping import read_l2, tables_in_a_row
 from .plan import Plan
 from .refcounts import Refcounts
 from .references import Reference, mapping_tables, structures
 
 _SMALL = 1 << 17
 """Mapping entries up to which plain Python is faster than loading numpy."""
-
-_BULK = 1 << 20
-"""Bytes of adjacent L2 tables that are read at once."""
 
 
 def prove(image: Qcow2Image, plan: Plan, others: Iterable[Reference], refcounts: Refcounts) -> None:
@@ -104,7 +101,7 @@ def _scan_bulk(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]
 
     geometry = image.geometry
     wanted_filter = ClusterFilter(wanted)
-    for group in _adjacent(sorted(tables), geometry.cluster_size):
+    for group in tables_in_a_row(sorted(tables), geometry.cluster_size):
         length = len(group) * geometry.cluster_size
         if image.file.is_hole(group[0], length):
             continue
@@ -115,17 +112,6 @@ def _scan_bulk(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]
         for place, cluster in wanted_filter.range_hits(first, last):
             which, index = divmod(place, geometry.l2_entries)
             yield cluster, _guest_owner(image, tables[group[which]], index)
-
-
-def _adjacent(offsets: list[int], size: int) -> Iterator[list[int]]:
-    group: list[int] = []
-    for offset in offsets:
-        if group and (offset != group[-1] + size or len(group) * size >= _BULK):
-            yield group
-            group = []
-        group.append(offset)
-    if group:
-        yield group
 
 
 def _guest_owner(image: Qcow2Image, l1_index: int, l2_index: int) -> str:

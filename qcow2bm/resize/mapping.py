@@ -11,7 +11,6 @@ then names. Clusters lose one reference for each entry dropped; what snapshots s
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -21,7 +20,7 @@ from ..format.entries import COPIED, OFFSET_MASK, ZERO, L2Entry, l1_offset, tabl
 from ..format.geometry import SUBCLUSTERS, Geometry
 from ..image.change import Change
 from ..image.image import Qcow2Image
-from ..image.mapping import read_l1, read_l2
+from ..image.mapping import read_l1, read_l2, tables_in_a_row
 from .counted import require_counted
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class NewMapping:
         l1_table[first:] = array("Q", bytes(8 * (len(l1_table) - first)))
         if any(offsets):
             self.lowering()  # looks at the whole image first: the tables may be nonsense
-        for group in _neighbours([offset for offset in offsets if offset], self.geometry.cluster_size):
+        for group in tables_in_a_row([offset for offset in offsets if offset], self.geometry.cluster_size):
             length = len(group) * self.geometry.cluster_size
             for offset in group:
                 self.lowering().drop_one(self.geometry.cluster_of(offset))
@@ -240,15 +239,3 @@ def end_in_data_file(image: Qcow2Image, keep: int) -> int:
         away = places[(places != 0) & (places != at_home)]
         end = max(end, int(away.max(initial=0)) + geometry.cluster_size) if away.size else end
     return end
-
-
-def _neighbours(offsets: list[int], size: int) -> Iterator[list[int]]:
-    """Offsets in groups that lie in a row in the file, a MiB of tables at most."""
-    group: list[int] = []
-    for offset in offsets:
-        if group and (offset != group[-1] + size or len(group) * size >= _RUN):
-            yield group
-            group = []
-        group.append(offset)
-    if group:
-        yield group
