@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..errors import RUN_CHECK, CorruptImageError
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
-from ..format.geometry import SUBCLUSTERS, Geometry
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
 from ..format.header import Autoclear, Header
 from ..format.snapshot_table import SnapshotEntry
 from ..format.vectors import Words
@@ -34,7 +34,7 @@ SLICE = 1 << 12
 Kinds = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
-_LOW = np.uint64((1 << SUBCLUSTERS) - 1)
+_LOW = np.uint64(ALL_SUBCLUSTERS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, L2Entry
-from ..format.geometry import SUBCLUSTERS, Geometry
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
 from ..format.vectors import Clusters, Refcounts, Words, compressed_clusters, refcounts
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use
 from .counters import Counters
@@ -264,7 +264,7 @@ class BulkCensus(Census):
         return odd if entries.all_compressed else odd & compressed
 
     def _odd_subclusters(self, entries: _Entries, bitmaps: Words) -> Mask:
-        low = np.uint64((1 << SUBCLUSTERS) - 1)
+        low = np.uint64(ALL_SUBCLUSTERS)
         odd: Mask = bitmaps & bitmaps >> np.uint64(SUBCLUSTERS) != 0
         odd |= (entries.values & np.uint64(OFFSET_MASK) == 0) & (bitmaps & low != 0)
         if entries.some_compressed:

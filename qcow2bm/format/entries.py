@@ -19,7 +19,7 @@ from bitarray.util import ones
 
 from ..errors import CorruptImageError
 from .faults import Fault
-from .geometry import COMPRESSED_SECTOR, SUBCLUSTERS, Geometry
+from .geometry import ALL_SUBCLUSTERS, COMPRESSED_SECTOR, SUBCLUSTERS, Geometry
 
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 """Bits 9..55: the host offset in L1, standard L2 and bitmap table entries."""
@@ -171,7 +171,7 @@ class L2Entry:
             yield Fault("l2-entry-reserved", f"L2 entry {self.value:#x} has reserved bits set")
         if self.value & ZERO and (version == 2 or geometry.extended_l2):
             yield Fault("zero-flag-reserved", f"L2 entry {self.value:#x} has a zero flag, which this image cannot have")
-        allocated, zeroes = self.bitmap & (1 << SUBCLUSTERS) - 1, self.bitmap >> SUBCLUSTERS
+        allocated, zeroes = self.bitmap & ALL_SUBCLUSTERS, self.bitmap >> SUBCLUSTERS
         if not self.is_standard(geometry, data_file=data_file):
             if allocated:
                 text = f"L2 entry {self.value:#x} has no cluster, but its bitmap {self.bitmap:#x} allocates subclusters"

@@ -14,6 +14,8 @@ from .limits import (
 
 SUBCLUSTERS = 32
 """Subclusters in a cluster of an image with extended L2 entries."""
+ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
+"""A bit for each of them: one half of the subcluster bitmap."""
 
 COMPRESSED_SECTOR = 512
 

@@ -12,25 +12,23 @@ from functools import partial
 from ..checks.model import Finding, RepairClass
 from ..checks.view import View
 from ..format.entries import COPIED, L1_RESERVED, L2_RESERVED, ZERO, L2Entry, l1_offset, table_entries
-from ..format.geometry import SUBCLUSTERS, Geometry
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
 from .model import GuestRange, Proposal, Scope, Step
 from .workshop import Workshop
-
-_LOW = (1 << SUBCLUSTERS) - 1
 
 
 def _given_up(geometry: Geometry, version: int, _: L2Entry) -> L2Entry:
     if geometry.extended_l2:
-        return L2Entry(0, _LOW << SUBCLUSTERS)
+        return L2Entry(0, ALL_SUBCLUSTERS << SUBCLUSTERS)
     return L2Entry(ZERO if version >= 3 else 0)
 
 
 def _without_allocation(_: Geometry, __: int, entry: L2Entry) -> L2Entry:
-    return L2Entry(entry.value, entry.bitmap & ~_LOW)
+    return L2Entry(entry.value, entry.bitmap & ~ALL_SUBCLUSTERS)
 
 
 def _data_wins(_: Geometry, __: int, entry: L2Entry) -> L2Entry:
-    return L2Entry(entry.value, entry.bitmap & ~((entry.bitmap & _LOW) << SUBCLUSTERS))
+    return L2Entry(entry.value, entry.bitmap & ~((entry.bitmap & ALL_SUBCLUSTERS) << SUBCLUSTERS))
 
 
 _Mend = Callable[[Geometry, int, L2Entry], L2Entry]

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..format.entries import COPIED, OFFSET_MASK, ZERO, L2Entry, l1_offset, table_bytes, table_entries
-from ..format.geometry import SUBCLUSTERS, Geometry
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
 from ..image.change import Change
 from ..image.image import Qcow2Image
 from ..image.mapping import read_l1, read_l2, tables_in_a_row
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _RUN = 1 << 20
 """Bytes of new L2 tables that are put together."""
-
-_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
 
 class Filling(Enum):
@@ -198,14 +196,14 @@ class NewMapping:
             size = self.geometry.cluster_size
             values[::words] = array("Q", range(COPIED | first * size, COPIED | end * size, size))
             if words == 2:
-                values[1::2] = array("Q", [_SUBCLUSTERS] * (end - first))
+                values[1::2] = array("Q", [ALL_SUBCLUSTERS] * (end - first))
             filled = table_bytes(values)
         return filled.ljust((stop - first) * self.geometry.l2_entry_size, b"\0")
 
 
 def zero_entry(geometry: Geometry) -> L2Entry:
     """A cluster that reads as zeroes and has no place in the file."""
-    return L2Entry(0, _SUBCLUSTERS << SUBCLUSTERS) if geometry.extended_l2 else L2Entry(ZERO)
+    return L2Entry(0, ALL_SUBCLUSTERS << SUBCLUSTERS) if geometry.extended_l2 else L2Entry(ZERO)
 
 
 def entry_at(image: Qcow2Image, cluster: int) -> L2Entry:

@@ -14,13 +14,11 @@ from ..chain.opening import Rules, backing_path, disk_of, open_disk
 from ..errors import CorruptImageError, Qcow2bmError, UnsupportedImageError, naming
 from ..format.entries import COPIED, ClusterKind, L2Entry
 from ..format.extensions import ExtensionType
-from ..format.geometry import SUBCLUSTERS
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS
 from ..format.header import ENCRYPTION
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image
 from .mapping import NewMapping, entry_at
-
-_ALL = (1 << SUBCLUSTERS) - 1
 
 
 def exposed_bytes(image: Qcow2Image, old: int, data_file: ImageFile | None) -> tuple[tuple[int, int], ...]:
@@ -105,7 +103,7 @@ def hide_backing(mapping: NewMapping, old: int, rules: Rules) -> None:
     changed = _copied(mapping, cluster, entry, within, rules) if entry.is_compressed or holds else entry
     if geometry.extended_l2:
         # Subclusters that begin past the end are zeroed whole.
-        later = _ALL & ~((1 << index + bool(beside)) - 1)
+        later = ALL_SUBCLUSTERS & ~((1 << index + bool(beside)) - 1)
         changed = replace(changed, bitmap=changed.bitmap & ~later | later << SUBCLUSTERS)
     if changed != entry:
         mapping.replaced[cluster] = changed
