@@ -220,7 +220,7 @@ def test_healthy_images_answer_the_same(bases: list[Base], tmp_path: Path) -> No
 def test_every_damage_is_done(generator: Generator) -> None:
     """None is left out by chance, or undone by the next: each comes a few times, and every image differs."""
     done: Counter[str] = Counter()
-    for image in map(generator.damaged, SEEDS):
+    for image in map(generator.damaged, range(100 * len(ROWS))):
         assert image.data != image.base.data, image.name
         assert all(image.applied.values()), image.name
         done.update(image.applied.keys())
@@ -241,5 +241,5 @@ def test_all_outcomes_occur(generator: Generator, tmp_path: Path) -> None:
         path.unlink()
         seen[answer.status] += 1
         excused += excuse(answer) is not None
-    assert all(seen[status] >= 60 for status in (0, 1, 2, 3)), seen
+    assert all(seen[status] >= seen.total() * 0.05 for status in (0, 1, 2, 3)), seen
     assert excused < seen.total() * 0.03, excused

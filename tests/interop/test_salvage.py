@@ -246,7 +246,14 @@ def ranges(granules: set[int], granularity: int, size: int) -> Ranges:
     return found
 
 
-def require_as_salvaged(image: Path, expected: dict[str, set[int]], recording: dict[str, bool], digest: str) -> None:
+def corruptions(image: Path) -> int:
+    """As qemu-img counts them. A QEMU that is killed among discards can leave some: one cluster at two places."""
+    return int(check(image).get("corruptions", 0))
+
+
+def require_as_salvaged(
+    image: Path, expected: dict[str, set[int]], recording: dict[str, bool], digest: str, corrupt: int
+) -> None:
     """QEMU opens the image, finds the bitmaps in order, reads their bits, and the disk is as it was."""
     size = Raw.load(image).number(24)
     said = {entry["name"]: entry for entry in bitmap_info(image)}
@@ -255,7 +262,7 @@ def require_as_salvaged(image: Path, expected: dict[str, set[int]], recording: d
         flags = ["auto"] if recording[name] else []
         assert said[name]["flags"] == flags
         assert read_bitmap_nbd(image, name) == ranges(granules, said[name]["granularity"], size)
-    assert check(image)["returncode"] in (0, 3)
+    assert corruptions(image) == corrupt
     assert guest_digest(image) == digest
 
 
@@ -264,7 +271,7 @@ def test_no_change_is_missed(seed: int, tmp_path: Path) -> None:
     """Each policy for an image whose writer died; and for the same image with its bitmaps detached."""
     chance = random.Random(seed)
     case = run(chance, tmp_path)
-    before, digest = case.before.read_bytes(), guest_digest(case.image)
+    before, digest, corrupt = case.before.read_bytes(), guest_digest(case.image), corruptions(case.image)
     detached = tmp_path / "detached.qcow2"
     shutil.copyfile(case.image, detached)
     detach(detached)
@@ -287,7 +294,7 @@ def test_no_change_is_missed(seed: int, tmp_path: Path) -> None:
                 copy = tmp_path / "copy.qcow2"
                 shutil.copyfile(image, copy)
                 carry_out(copy, dict.fromkeys(results, (policy, terms)))
-                require_as_salvaged(copy, results, case.recording, digest)
+                require_as_salvaged(copy, results, case.recording, digest, corrupt)
 
 
 @pytest.mark.parametrize("seed", range(3 * ROUNDS))
@@ -585,7 +592,7 @@ def test_detached_bitmaps_count_again_only_all_together(tmp_path: Path) -> None:
     carry_out(tmp_path / "other.qcow2", dict.fromkeys("ab", (Salvage.ALLOCATED, Terms(layer_is_newer=True))))
     digest = guest_digest(image)
     expected = {"a": {256, 512, *range(512, 528), *range(256, 272)}, "b": {16, 32}}
-    require_as_salvaged(tmp_path / "other.qcow2", expected, dict.fromkeys("ab", True), digest)
+    require_as_salvaged(tmp_path / "other.qcow2", expected, dict.fromkeys("ab", True), digest, 0)
     assert check(tmp_path / "other.qcow2")["returncode"] == 0
 
 
