@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from ..errors import ExportFileError, from_os_error
+from ..errors import ExportFileError, from_os_error, naming
 from ..format.header import MAGIC as QCOW2_MAGIC
 from .undo_writer import sync_folder
 
@@ -154,13 +154,15 @@ class Input:
         Raises:
             ImageIOError: it cannot be opened.
         """
-        try:
+        with naming(path):
             # This waits for a FIFO's other end: without it, a FIFO whose writer comes later would read as empty.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-            stream = os.fdopen(fd, "rb", _PIECE)
-        except OSError as error:
-            raise from_os_error(error, path) from error
-        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            try:
+                regular = stat.S_ISREG(os.fstat(fd).st_mode)
+                stream = os.fdopen(fd, "rb", _PIECE)
+            except BaseException:
+                os.close(fd)
+                raise
         found = cls(stream, str(path), spool=None if regular else _spool())
         found._own = True
         return found

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .file import ImageFile
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
 from .undo_standing import Since, Standing, fills, is_own_work, pieces, since, standing
-from .undo_writer import drop, write_summary
+from .undo_writer import drop, second_copy, second_name, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"
 
@@ -55,9 +56,26 @@ class UndoFile(UndoReader):
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         require_restorable(self, image, force=force)
-        self._set_state(State.IN_PROGRESS)
-        self._put_back(image)
-        self._set_state(State.UNDONE)
+        with self._journaled(image):
+            self._put_back(image)
+            self._set_state(State.UNDONE)
+
+    @contextlib.contextmanager
+    def _journaled(self, image: ImageFile) -> Iterator[None]:
+        """In progress, and where a crash could tear the image on the way, its journal until all is put back."""
+        journal = image.journal
+        if not self._summary.journaled or image.is_device:
+            self._set_state(State.IN_PROGRESS)
+            yield
+            return
+        # As long as it says "complete" a journal does nothing, so it may be there before the undoing begins.
+        if second_name(self.path, journal):
+            self._set_state(State.IN_PROGRESS)
+        else:
+            self._set_state(State.IN_PROGRESS)
+            second_copy(self._fd, journal, os.fstat(image.fd).st_mode & 0o666)
+        yield
+        drop(journal)
 
     def settle(self, image: ImageFile) -> bool:
         """Finish with a journal that a crash left: True if what it journals was torn and is rolled back.
@@ -69,6 +87,8 @@ class UndoFile(UndoReader):
             return False
         found = standing(self, image)
         if found.finished:
+            if self.mtime_ns:  # the change was done long ago, and its undoing had not begun
+                self._set_state(State.COMPLETE)
             return False
         if found.untouched:
             # Nothing refers to a free cluster that was filled; but what somebody else has put there since is his.

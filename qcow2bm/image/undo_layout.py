@@ -6,7 +6,8 @@ were all zero) and, where a structure in use is rewritten, the new ones. Then wh
 it: the ranges with their labels, and their bytes in pieces, each piece of the file once, whatever ranges it lies in.
 The first range may be one without bytes, whose label notes how the external data file was left.
 
-Version 1 ends after the records and does not say when it was made; it is read as ever.
+Version 1 ends after the records, and says neither when it was made nor whether a crash could tear the change; it is
+read as ever.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ _FIELDS_1 = {
     "mtime_ns": Int64sl,
     "records": Int64ul,
 }
-_FIELDS = {1: _FIELDS_1, VERSION: _FIELDS_1 | {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl}}
+_FIELDS_2 = {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl, "journaled": Int64ul}
+_FIELDS = {1: _FIELDS_1, VERSION: _FIELDS_1 | _FIELDS_2}
 
 _RECORD = struct.Struct("<6Q2I")
 _KEPT = struct.Struct("<3Q2I")
@@ -145,6 +147,7 @@ class Summary:
         records: how many there are.
         kept: how many kept ranges and pieces there are, `kept_at` being where they start.
         made_ns: when the file was made; 0 if that is not known.
+        journaled: 1 if a crash could tear the change, and so its undoing, 0 if not.
     """
 
     state: State
@@ -157,6 +160,7 @@ class Summary:
     kept: int = 0
     kept_at: int = 0
     made_ns: int = 0
+    journaled: int = 0
     version: int = VERSION
 
     def build(self) -> bytes:

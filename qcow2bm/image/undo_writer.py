@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UndoError
-from .file import ImageFile
+from .file import ImageFile, read_fd
 from .plan import SECTOR, Kept, Stage, Write
 from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
 
@@ -50,9 +50,11 @@ class UndoWriter:
             fd = os.open(path, flags, mode)
         except OSError as error:
             raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
+        tearable = any(stage.journaled for stage in stages)
         summary = Summary(
-            State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0, made_ns=time.time_ns()
-        )
+            State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0, made_ns=time.time_ns(),
+            journaled=int(tearable),
+        )  # fmt: skip
         writer = cls(fd, path, summary)
         try:
             writer._fill(image, stages, kept)
@@ -93,14 +95,9 @@ class UndoWriter:
         Raises:
             UndoError: there is a file of that name.
         """
-        try:
-            os.link(self.path, path, follow_symlinks=False)
-        except FileExistsError as error:
-            raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
-        except OSError:
+        if not second_name(self.path, path):
             return False
         self._alias = path
-        sync_folder(path)
         return True
 
     def complete(self, image: ImageFile) -> None:
@@ -121,6 +118,45 @@ class UndoWriter:
         if self._alias is not None:
             self._alias.unlink(missing_ok=True)
             sync_folder(self._alias)
+
+
+def second_name(undo: Path, journal: Path) -> bool:
+    """Make an undo file the journal as well, durably; False where the file system cannot.
+
+    Raises:
+        UndoError: there is a journal already.
+    """
+    try:
+        os.link(undo, journal, follow_symlinks=False)
+    except FileExistsError as error:
+        raise UndoError(f"cannot create the undo file {journal}: {os.strerror(error.errno or 0)}") from error
+    except OSError:
+        return False
+    sync_folder(journal)
+    return True
+
+
+def second_copy(fd: int, journal: Path, mode: int) -> None:
+    """The same where there are no second names: a copy of the undo file, whole before it counts.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    copy = os.open(journal, flags, mode)
+    try:
+        end = os.fstat(fd).st_size
+        for at in range(SECTOR, end, _PIECE):
+            write_all(copy, read_fd(fd, min(_PIECE, end - at), at), at)
+        os.fsync(copy)
+        write_all(copy, read_fd(fd, SECTOR, 0), 0)
+        os.fsync(copy)
+    except BaseException:
+        journal.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(copy)
+    sync_folder(journal)
 
 
 def seen(image: ImageFile) -> dict[str, int]:

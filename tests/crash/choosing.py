@@ -9,13 +9,16 @@ from itertools import combinations
 ALL_OF = 10
 """Sectors of which every set is tried."""
 EACH_OF = 128
-"""Sectors of which each is tried alone, and all but it; of more so many, evenly spread."""
+"""Sectors of which each is tried alone, all before it, and all but it; of more so many, evenly spread."""
 
 Choose = Callable[[int], Iterator[tuple[int, ...]]]
 
 
 def thorough(seed: int, rounds: int = 500) -> Choose:
-    """Every set of up to ten sectors; of more each alone, all but each (of very many some), and `rounds` at random."""
+    """Every set of up to ten sectors; of more each prefix, each alone, all but each, and `rounds` at random.
+
+    Of very many sectors the first three are tried for some, evenly spread.
+    """
     chance = random.Random(seed)
 
     def choose(count: int) -> Iterator[tuple[int, ...]]:
@@ -26,6 +29,7 @@ def thorough(seed: int, rounds: int = 500) -> Choose:
         yield ()
         yield tuple(range(count))
         for place in range(0, count, -(-count // EACH_OF)):
+            yield tuple(range(place))
             yield (place,)
             yield tuple(other for other in range(count) if other != place)
         for _ in range(rounds):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from qcow2bm import __main__
+from qcow2bm.image.file import ImageFile
+from tests.crash.disk import Folder
+from tests.crash.recorder import recorded
 from tests.crash.shapes import Shape
-from tests.support.qemu import open_arguments, qemu_img
-from tests.support.raw import Raw
+from tests.support.qemu import open_arguments, qemu_img, qemu_io
+from tests.support.raw import OFFSET, Raw
 
 
 def nothing(_image: Path, _shape: Shape) -> None:
@@ -60,16 +65,20 @@ def _bitmaps(image: Path, shape: Shape, option: str, *names: str) -> None:
         qemu_img("bitmap", option, *opening, file, name, cwd=image.parent)
 
 
+def _quietly(*words: str | Path) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = __main__.main([str(word) for word in words])
+    assert status in (0, 2, 3), said.getvalue()
+
+
 def _undoable(image: Path, _shape: Shape) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = __main__.main(["merge", str(image), "c", "a", "b", "--undo", str(image.with_name("undo"))])
-    assert status == 0
+    _quietly("merge", image, "c", "a", "b", "--undo", image.with_name("undo"))
 
 
 def _exported(image: Path, _shape: Shape) -> None:
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert __main__.main(["export", str(image), str(image.with_name("exported"))]) == 0
-        assert __main__.main(["clear", str(image), "--match", "*"]) == 0
+    _quietly("export", image, image.with_name("exported"))
+    _quietly("clear", image, "--match", "*")
 
 
 def _older(image: Path, shape: Shape) -> None:
@@ -89,6 +98,10 @@ def _has_data_file(shape: Shape) -> bool:
 
 def _has_no_data_file(shape: Shape) -> bool:
     return not _has_data_file(shape)
+
+
+def _has_room(shape: Shape) -> bool:
+    return "no room" not in shape.name
 
 
 def _leaky(image: Path, _shape: Shape) -> None:
@@ -117,6 +130,67 @@ def _twins(image: Path, _shape: Shape) -> None:
     second = at + (24 + 1 + 7) // 8 * 8
     raw.put(second, table)
     raw.save(image)
+
+
+def _no_refcounts(image: Path, _shape: Shape) -> None:
+    """The refcount table holds nothing: the whole structure must be made anew."""
+    raw = Raw.load(image)
+    table, clusters = raw.number(48), raw.number(56, 4)
+    raw.data[table : table + clusters * raw.cluster_size] = bytes(clusters * raw.cluster_size)
+    raw.save(image)
+
+
+def _astray(image: Path, _shape: Shape) -> None:
+    """A guest cluster lies outside the file, and a second L1 entry has lost its flag."""
+    raw = Raw.load(image)
+    l1 = next(at for at in count(raw.number(40), 8) if raw.number(at))
+    l2 = raw.number(l1) & OFFSET
+    entry = next(at for at in count(l2, 8) if raw.number(at))
+    raw.put(entry, 1 << 63 | 1 << 50)
+    raw.put(l1, l2)
+    raw.save(image)
+
+
+def _in_use_and_older(image: Path, shape: Shape) -> None:
+    _in_use(image, shape)
+    _older(image, shape)
+
+
+def _repaired(image: Path, shape: Shape) -> None:
+    _too_low(image, shape)
+    _quietly("repair", image, "--yes", "--undo", image.with_name("undo"))
+
+
+def _planned(image: Path, shape: Shape) -> None:
+    _too_low(image, shape)
+    _quietly("repair", image, "--dry-run", "--plan", image.with_name("plan"))
+
+
+def _cut_short(image: Path, shape: Shape) -> None:
+    """A repair has been writing; its journal is all that leads back."""
+    _too_low(image, shape)
+    before = Folder.read(image.parent)
+    with recorded(image.parent) as ops:
+        _quietly("repair", image, "--yes", "--no-undo")
+    with contextlib.closing(ImageFile.open(image)) as file:
+        journal = file.journal
+    named, removed = (
+        next(number for number, op in enumerate(ops) if (op.kind, op.name) == (kind, journal.name))
+        for kind in ("link", "unlink")
+    )
+    before.after(ops[: (named + removed) // 2 + 1]).write(image.parent)
+    assert journal.exists()
+
+
+def _another(image: Path, shape: Shape) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", image.with_name("other.qcow2"), str(shape.size))
+    qemu_img("bitmap", "--add", image.with_name("other.qcow2"), "theirs")
+    qemu_io(image.with_name("other.qcow2"), "write 64k 128k")
+
+
+def _listed(image: Path, _shape: Shape) -> None:
+    extents = [{"offset": 65536, "length": 4096, "dirty": True}, {"offset": 300_000, "length": 100, "dirty": True}]
+    image.with_name("extents").write_text(json.dumps(extents))
 
 
 def _in_use(image: Path, _shape: Shape) -> None:
@@ -148,6 +222,8 @@ COMMANDS = (
     Command("resample", "resample {image} a -g 512"),
     Command("resample, coarser", "resample {image} --match * -g 1M"),
     Command("set from allocation", "set {image} c --from-allocation"),
+    Command("set from extents", "set {image} b --from-extents {folder}/extents", _listed),
+    Command("copy from another image", "copy {folder}/other.qcow2#theirs {image}#ours", _another),
     Command("import", "import {image} {folder}/exported --merge", _exported),
     Command("rebuild", "rebuild {image} b --against {folder}/older.raw", _older, fits=_is_open),
     Command("diff into", "diff {folder}/older.raw {image} --into {image}#differs", _older, fits=_is_open),
@@ -157,11 +233,27 @@ COMMANDS = (
     Command("shrink", "resize {image} -512k --shrink", fits=_has_no_data_file),
     Command("shrink to little", "resize {image} 64k --shrink --undo {undo}", fits=_has_no_data_file),
     Command("undo", "undo {image} {undo}", _undoable),
+    Command("undo of a repair", "undo {image} {undo}", _repaired),
+    Command("after a crash", "repair {image} --yes --no-undo", _cut_short, status=(0, 3)),
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),
-    Command("repair leaks", "repair {image} --yes --only leaks", _leaky, status=(0, 3)),
-    Command("repair refcounts", "repair {image} --yes --no-undo", _too_low),
+    Command("drop-in bitmap --remove", "qemu-img bitmap --remove -f qcow2 {image} b"),
+    Command("drop-in bitmap --clear", "qemu-img bitmap --clear --disable -f qcow2 {image} a"),
+    Command("repair leaks", "repair {image} --yes --only leaks", _leaky, fits=_has_room, status=(0, 3)),
+    Command("repair refcounts", "repair {image} --yes --no-undo", _too_low, status=(0, 3)),
+    Command("repair by a plan", "repair {image} --yes --apply {folder}/plan", _planned, status=(0, 3)),
+    Command("make refcounts anew", "repair {image} --yes", _no_refcounts, status=(0, 2, 3)),
+    Command("repair mappings", "repair {image} --yes --allow lossy", _astray, fits=_has_no_data_file, status=(0, 3)),
+    Command("check -r all", "check {image} -r all", _too_low, status=(0, 3)),
     Command("repair twins", "repair {image} --yes --only bitmaps --allow lossy", _twins, status=(0, 3)),
-    Command("salvage", "repair {image} --yes --in-use all-dirty", _in_use),
+    Command("salvage", "repair {image} --yes --in-use all-dirty", _in_use, status=(0, 3)),
+    Command(
+        "salvage by comparing",
+        "repair {image} --yes --in-use rebuild --against {folder}/older.raw",
+        _in_use_and_older,
+        fits=_is_open,
+        status=(0, 3),
+    ),
+    Command("drop-in check -r leaks", "qemu-img check -r leaks -f qcow2 {image}", _leaky, fits=_has_room),
     Command("drop-in check -r all", "qemu-img check -r all -f qcow2 {image}", _too_low),
 )

@@ -32,7 +32,7 @@ class Fault:
 
 
 _READS, _WRITES, _FLUSHES = ("pread", "preadv"), ("pwrite",), ("fsync", "fdatasync")
-_OTHERS = ("ftruncate", "link", "unlink", "lseek")
+_OTHERS = ("ftruncate", "link", "unlink", "lseek", "fstat", "fstatvfs", "utime")
 
 FAULTS = (
     Fault("read error", _READS, errno.EIO),
@@ -48,7 +48,9 @@ FAULTS = (
     Fault("flush error", _FLUSHES, errno.EIO),
     Fault("flush errors", _FLUSHES, errno.EIO, sticky=True),
     Fault("other error", _OTHERS, errno.EIO),
-    Fault("creation error", ("open",), errno.EACCES),
+    Fault("other errors", _OTHERS, errno.EIO, sticky=True),
+    Fault("interrupted", (*_READS, *_WRITES, *_FLUSHES, *_OTHERS), errno.EINTR),
+    Fault("open error", ("open",), errno.EACCES),
 )
 
 
@@ -80,7 +82,7 @@ class Failing:
         real = getattr(os, name)
 
         def call(what: Any, *args: Any, **options: Any) -> Any:
-            if not self._concerns(name, what, args) or not self._is_due():
+            if not self._concerns(what) or not self._is_due():
                 return real(what, *args, **options)
             if self._fault.code is not None:
                 raise OSError(self._fault.code, os.strerror(self._fault.code))
@@ -88,9 +90,7 @@ class Failing:
 
         return call
 
-    def _concerns(self, name: str, what: Any, args: tuple[Any, ...]) -> bool:
-        if name == "open" and not args[0] & os.O_CREAT:
-            return False
+    def _concerns(self, what: Any) -> bool:
         if isinstance(what, int):
             with contextlib.suppress(OSError):
                 place = Path(f"/proc/self/fd/{what}").readlink()

@@ -78,46 +78,52 @@ def _disk(image: Path) -> str:
     return digest.hexdigest()
 
 
+def settle(image: Path) -> None:
+    """What the next command that opens the image for writing does first."""
+    file = ImageFile.open(image, writable=True)
+    try:
+        settle_interrupted(file, writable=True)
+    finally:
+        file.close()
+    assert not file.journal.exists()
+
+
 class Judge:
-    """Looks at what power cuts leave of one command on one image."""
+    """Looks at what power cuts leave of one command on one image.
+
+    Attributes:
+        new: what the command makes of it.
+    """
 
     def __init__(self, image: Path, secret: str | None, old: Truth, new: Truth) -> None:
         self._image = image
         self._secret = secret
         self._old = old
-        self._new = new
+        self.new = new
 
     def verdict(self) -> str | None:
         """What is wrong with the image as it is in its folder now, after the next command has settled it; or None."""
         try:
-            self._settle()
+            settle(self._image)
             found = Truth.of(self._image, self._secret)
         except Qcow2bmError as error:
             return f"cannot be opened: {error}"
-        both = (self._old, self._new)
+        both = (self._old, self.new)
         wrong = {
             f"qemu-img check ends with {found.status}": found.status not in (*SOUND, *(one.status for one in both)),
-            f"damaged: {', '.join(found.damage)}": not found.damage <= self._old.damage | self._new.damage,
+            f"damaged: {', '.join(found.damage)}": not found.damage <= self._old.damage | self.new.damage,
             "bitmaps and disk are not both old or both new": (found.bitmaps, found.disk)
             not in [(one.bitmaps, one.disk) for one in both],
         }
         return next((text for text, is_so in wrong.items() if is_so), None)
 
-    def _settle(self) -> None:
-        file = ImageFile.open(self._image, writable=True)
-        try:
-            settle_interrupted(file, writable=True)
-        finally:
-            file.close()
-        assert not file.journal.exists()
-
     def verdict_of_qemu(self) -> str | None:
         """The same by QEMU's own reading, for a sample: it takes a hundred times as long."""
-        if isinstance(self._new.bitmaps, str) or isinstance(self._old.bitmaps, str):
+        if isinstance(self.new.bitmaps, str) or isinstance(self._old.bitmaps, str):
             return None  # QEMU cannot read those either
         ours = bitmaps(self._image)
         if read_bitmaps(self._image, secret=self._secret) != {name: list(ranges) for name, _, _, _, ranges in ours}:
             return "QEMU reads other bits"
-        if guest_digest(self._image, self._secret) not in (self._old.read, self._new.read):
+        if guest_digest(self._image, self._secret) not in (self._old.read, self.new.read):
             return "QEMU reads another disk"
         return None

@@ -17,9 +17,8 @@ from pathlib import Path
 
 from tests.crash.commands import Command
 from tests.crash.disk import Folder
-from tests.crash.judge import Judge, Truth
-from tests.crash.replay import Outcome
 from tests.crash.shapes import Shape
+from tests.crash.trial import Outcome, Trial
 
 PAUSE = 0.004
 """Seconds before each call that writes."""
@@ -67,21 +66,20 @@ class _Ended:
 
 def kill(folder: Path, command: Command, shape: Shape, number: signal.Signals, rounds: int) -> Outcome:
     """Run a command `rounds` times and end it at a random moment of its writing."""
-    image = shape.make(folder)
-    command.prepare(image, shape)
-    before, old = Folder.read(folder), Truth.of(image, shape.secret)
-    length = _length_of_writing(command, image, shape)
-    names_after = set(Folder.read(folder).names)
+    trial = Trial(folder, command, shape)
+    length = _length_of_writing(command, trial.image, shape)
+    expected = set(trial.before.names) | set(Folder.read(folder).names)
     outcome, chance = Outcome(), random.Random(f"{command.name} {number}")
-    before_and_after = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
+    judge = trial.judge()
     for _ in range(rounds):
-        before.write(folder)
-        ended = _run(command.words(image, shape), number, chance.random() * length)
+        trial.before.write(folder)
+        ended = _run(command.words(trial.image, shape), number, chance.random() * length)
         outcome.states += ended.in_time
-        wrong = _wrong(ended, command, number) or before_and_after.verdict()
-        left = set(Folder.read(folder).names) - set(before.names)
-        if wrong is None and number is not signal.SIGKILL and left - names_after:
-            wrong = f"it left {left - names_after}"
+        left = set(Folder.read(folder).names) - expected
+        wrong = _wrong(ended, command, number)
+        if wrong is None and number is not signal.SIGKILL and left:
+            wrong = f"it left {left}"
+        wrong = wrong or judge.verdict()
         if wrong is not None:
             outcome.bad.append(f"{number.name}: {wrong}")
     return outcome

@@ -85,6 +85,28 @@ def _unknown_autoclear(image: Path) -> None:
     raw.save(image)
 
 
+def _full_blocks(image: Path) -> None:
+    """Every cluster that a refcount block describes is in use: whoever needs one needs another block."""
+    raw = Raw.load(image)
+    per_block = raw.cluster_size * 8 // raw.refcount_bits
+    for index in raw.blocks:
+        for cluster in range(index * per_block, (index + 1) * per_block):
+            if raw.refcount(cluster) == 0:
+                raw.set_refcount(cluster * raw.cluster_size, 1)
+    raw.data.extend(bytes((max(raw.blocks) + 1) * per_block * raw.cluster_size - len(raw.data)))
+    raw.save(image)
+
+
+def _full_table(image: Path) -> None:
+    """And every entry of the refcount table has its block: another one needs a larger table."""
+    offset, step = MIB, 16 << 10
+    qemu_io(image, f"write -P 7 0 {offset}")
+    while len(Raw.load(image).blocks) < Raw.load(image).cluster_size // 8:
+        qemu_io(image, f"write -P 7 {offset} {step}")
+        offset += step
+    _full_blocks(image)
+
+
 SHAPES = (
     Shape("64 KiB clusters"),
     Shape("512-byte clusters", ("cluster_size=512",), size=MIB),
@@ -103,4 +125,6 @@ SHAPES = (
     Shape("extension behind", alter=_extended(0, 16)),
     Shape("extension outside the first sector", alter=_extended(BITMAPS, 600)),
     Shape("unknown autoclear bits", alter=_unknown_autoclear),
+    Shape("no room in the refcount blocks", ("cluster_size=512", "refcount_bits=64"), size=MIB, alter=_full_blocks),
+    Shape("no room in the refcount table", ("cluster_size=512", "refcount_bits=64"), size=4 * MIB, alter=_full_table),
 )

@@ -7,11 +7,9 @@ from itertools import count
 from pathlib import Path
 
 from tests.crash.commands import Command
-from tests.crash.disk import Folder
 from tests.crash.faults import Fault, failing
-from tests.crash.judge import Judge, Truth
-from tests.crash.replay import Outcome, quiet
 from tests.crash.shapes import Shape
+from tests.crash.trial import Outcome, Trial, quiet
 
 FAILED = (1, 2, 4)
 """How a command may end that met a fault: 2 and 4 are of a repair that was refused on what it could not read."""
@@ -22,22 +20,17 @@ def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> 
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="fault-") as path:
         folder = Path(path)
-        image = shape.make(folder)
-        command.prepare(image, shape)
-        before, old = Folder.read(folder), Truth.of(image, shape.secret)
-        with quiet() as said:
-            status = command.run(image, shape)
-        if status not in command.status:
-            return Outcome(bad=[f"the command itself ended with {status}: {said.getvalue().strip()}"])
-        judge = Judge(image, shape.secret, old, Truth.of(image, shape.secret))
+        trial = Trial(folder, command, shape)
+        trial.run()
+        judge = trial.judge()
         for number in count(0, every):
-            before.write(folder)
+            trial.before.write(folder)
             with failing(folder, fault, number) as stand_in, quiet() as said:
-                status = command.run(image, shape)
+                status = command.run(trial.image, shape)
             if not stand_in.happened:
                 return outcome
             outcome.states += 1
-            wrong = _wrong(command, fault, status, said.getvalue(), image) or judge.verdict()
+            wrong = _wrong(command, fault, status, said.getvalue(), trial.image) or judge.verdict()
             if wrong is not None:
                 outcome.bad.append(f"{fault} at call {number}: {wrong}")
     return outcome

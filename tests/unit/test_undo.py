@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
 import tracemalloc
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from crc32c import crc32c
 
 import qcow2bm
 from qcow2bm import Edit
+from qcow2bm.__main__ import main
 from qcow2bm.errors import InterruptedChangeError, UndoError
+from qcow2bm.image.file import ImageFile
+from qcow2bm.image.image import settle_interrupted
 from qcow2bm.image.undo import State, UndoFile
 from tests.support.qemu import check, qemu_img, qemu_io
 from tests.support.raw import BITMAPS, OFFSET, Raw
@@ -34,7 +41,7 @@ from tests.support.scenes import (
 from tests.support.states import Bitmaps, bitmaps
 
 JOURNAL = "image.qcow2.qcow2bm-journal"
-USED_HEADER = 92  # magic, fields and checksum; the rest of the first sector is padding
+USED_HEADER = 100  # magic, fields and checksum; the rest of the first sector is padding
 RECORD = ("stage", "offset", "length", "old_stored", "new_stored", "filled", "filled_crc", "crc")
 RECORD_FORMAT = "<6Q2I"
 RECORD_SIZE = struct.calcsize(RECORD_FORMAT) + 4
@@ -352,6 +359,54 @@ def test_a_file_of_a_later_version_is_refused(undone: tuple[Path, Path, bytes]) 
     image, undo, _ = undone
     undo.write_bytes(undo.read_bytes().replace(b"QCOW2BM undo 2", b"QCOW2BM undo 3", 1))
     refused(image, undo, "not an undo file")
+
+
+# ---- an undo that is cut short ----
+
+
+def damaged(folder: Path) -> Path:
+    """Refcounts and a flag are missing: mending them is a change in place, in more than one sector."""
+    image = three(folder)
+    raw = Raw.load(image)
+    for offset in (raw.number(40), *(table for table, _ in raw.tables().values())):
+        raw.set_refcount(offset, 0)
+    raw.put(raw.number(40), raw.number(raw.number(40)) & ~(1 << 63))
+    raw.save(image)
+    return image
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_the_undo_of_a_repair_cut_short_at_any_write_is_finished_by_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Half of a repair put back is worse than either state: a journal keeps readers off and tells the next writer."""
+    image, undo, journal = damaged(tmp_path), tmp_path / "undo", tmp_path / JOURNAL
+    before = image.read_bytes()
+    assert main(["repair", str(image), "--yes", "--undo", str(undo)]) == 0
+    after, kept, stamp = image.read_bytes(), undo.read_bytes(), image.stat().st_mtime_ns
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no links here")))
+    for number in count():
+        image.write_bytes(after)
+        os.utime(image, ns=(stamp, stamp))
+        undo.write_bytes(kept)
+        tape = Tape(fail_at=number, power_cut=True)
+        with contextlib.closing(tape.open(image, writable=True)) as file, UndoFile(undo) as old:
+            try:
+                old.restore(file)
+            except PowerCutError:
+                assert journal.exists()
+            else:
+                assert number >= 2
+                break
+        with pytest.raises(InterruptedChangeError):
+            qcow2bm.open(image)
+        with contextlib.closing(ImageFile.open(image, writable=True)) as file:
+            assert settle_interrupted(file, writable=True) == (number > 0)
+        assert image.read_bytes() == (before if number else after)  # nothing was put back before the first write
+        assert not journal.exists()
+    assert image.read_bytes() == before
+    assert not journal.exists()
 
 
 # ---- the file itself ----
