@@ -155,10 +155,7 @@ class ImageFile:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            raise FlushError(
-                f"flushing failed ({os.strerror(error.errno or errno.EIO)}): what reached the disk is unknown",
-                hint="check the disk, then run `qcow2bm check` on the image",
-            ) from error
+            raise flush_error(error) from error
 
     def truncate(self, size: int) -> None:
         """Cut a regular file back to `size`, or extend it with a hole."""
@@ -171,6 +168,14 @@ class ImageFile:
             return 0
         status = os.fstatvfs(self.fd)
         return status.f_bavail * status.f_frsize
+
+
+def flush_error(error: OSError) -> FlushError:
+    """The error of a flush that failed."""
+    return FlushError(
+        f"flushing failed ({os.strerror(error.errno or errno.EIO)}): what reached the disk is unknown",
+        hint="check the disk, then run `qcow2bm check` on the image",
+    )
 
 
 def read_fd(fd: int, length: int, offset: int) -> bytes:

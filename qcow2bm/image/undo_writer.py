@@ -7,7 +7,6 @@ the plan begin.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import time
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UndoError
-from .file import ImageFile, read_fd
+from .file import ImageFile, flush_error, read_fd
 from .plan import SECTOR, Kept, Stage, Write
 from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
 
@@ -111,13 +110,11 @@ class UndoWriter:
         """Remove the file: the plan was rolled back, or its journal is not wanted."""
         os.close(self._fd)
         self._unlink_alias()
-        self.path.unlink(missing_ok=True)
-        sync_folder(self.path)
+        drop(self.path)
 
     def _unlink_alias(self) -> None:
         if self._alias is not None:
-            self._alias.unlink(missing_ok=True)
-            sync_folder(self._alias)
+            drop(self._alias)
 
 
 def second_name(undo: Path, journal: Path) -> bool:
@@ -259,7 +256,13 @@ def _is_zero(data: bytes) -> bool:
 
 
 def drop(path: Path) -> None:
-    """Remove a file durably."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    sync_folder(path)
+    """Remove a file durably.
+
+    Raises:
+        FlushError: it is gone, but may be there again after a power cut.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        sync_folder(path)
+    except OSError as error:
+        raise flush_error(error) from error

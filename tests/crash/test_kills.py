@@ -10,6 +10,7 @@ import pytest
 from tests.crash.commands import COMMANDS
 from tests.crash.kills import SIGNALS, kill
 from tests.crash.shapes import SHAPES
+from tests.crash.trial import named
 
 CHOSEN = ("merge, with undo", "repair refcounts", "undo")
 
@@ -19,6 +20,5 @@ CHOSEN = ("merge, with undo", "repair refcounts", "undo")
 def test_a_process_that_is_ended_leaves_the_old_state_or_the_new_one(
     name: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    (command,) = (one for one in COMMANDS if one.name == name)
-    outcome = kill(tmp_path, command, SHAPES[0], number, rounds=3)
+    outcome = kill(tmp_path, named(COMMANDS, name), SHAPES[0], number, rounds=3)
     assert not outcome.bad, "\n".join(outcome.bad)

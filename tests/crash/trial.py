@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from tests.crash.commands import Command
 from tests.crash.disk import Folder
@@ -52,6 +53,19 @@ class Trial:
     def judge(self) -> Judge:
         """Of what is left of other runs; call it while the folder is as `run` has left it."""
         return Judge(self.image, self._shape.secret, self._old, self._truth())
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Row = TypeVar("_Row", bound=_Named)
+
+
+def named(rows: Iterable[_Row], name: str) -> _Row:
+    """The command, shape or fault of a name."""
+    return next(row for row in rows if row.name == name)
 
 
 @contextlib.contextmanager
