@@ -18,7 +18,7 @@ from .format.extensions import ExtensionType
 from .format.snapshot_table import SnapshotEntry
 from .image.file import ImageFile
 from .image.image import OpenFile, Qcow2Image, settle_interrupted, take_locks
-from .image.lock import LockMode, acquire, holders
+from .image.lock import holders
 from .image.mapping import Run, runs
 from .image.references import Kind, Reference
 
@@ -376,7 +376,7 @@ def undo(
     try:
         with naming(file.path):
             if use_locks:
-                acquire(file.fd, LockMode.WRITER)
+                take_locks(file, writable=True, force_share=False)
             is_journal = _are_same(file.journal, Path(undo_file))
             if settle_interrupted(file, writable=True) and is_journal:
                 return  # a crash had cut the change short, and what settles that is the undo file by its other name

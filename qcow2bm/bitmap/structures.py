@@ -15,7 +15,6 @@ from functools import cached_property
 
 from ..errors import (
     CorruptImageError,
-    LockingUnavailableError,
     NotQcow2Error,
     Qcow2bmError,
     TruncatedImageError,
@@ -36,8 +35,8 @@ from ..format.limits import (
 )
 from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from ..format.text import decode_name
-from ..image import lock
 from ..image.file import ImageFile
+from ..image.image import take_locks
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,7 @@ def raw_image(path: str | os.PathLike[str], *, force_share: bool = False) -> Ite
     file = ImageFile.open(path)
     try:
         with naming(file.path):
-            with contextlib.suppress(LockingUnavailableError):
-                lock.acquire(file.fd, lock.LockMode.FORCED_READER if force_share else lock.LockMode.READER)
-            raw = RawImage(file)
+            raw = RawImage(file, locked=take_locks(file, writable=False, force_share=force_share))
             raw.require_qcow2()
         yield raw
     finally:
@@ -83,9 +80,14 @@ def raw_image(path: str | os.PathLike[str], *, force_share: bool = False) -> Ite
 
 
 class RawImage:
-    """The bytes of an image, and where in them the structures are said to be."""
+    """The bytes of an image, and where in them the structures are said to be.
 
-    def __init__(self, file: ImageFile) -> None:
+    Attributes:
+        locked: False if the file system has no locks: what is read may be stale.
+    """
+
+    def __init__(self, file: ImageFile, *, locked: bool) -> None:
+        self.locked = locked
         self._file = file
         self._head = file.read_at(0, min(file.size, 1 << MAX_CLUSTER_BITS))
 

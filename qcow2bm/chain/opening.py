@@ -12,7 +12,7 @@ never opened by the name in the image: its path comes from the user.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class Rules:
         use_locks: False takes no locks at all.
         force_share: read files that another process writes to.
         held: files that are open already, for writing: none of them can be part of the disk.
+        on_unlocked: called with each file that is read without the locks that were wanted: its file system has none.
     """
 
     data_files: Mapping[Path, Path] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Rules:
     use_locks: bool = True
     force_share: bool = False
     held: tuple[ImageFile, ...] = ()
+    on_unlocked: Callable[[Path], object] = lambda _: None
 
 
 def open_disk(path: str | os.PathLike[str], *, format: str | None = None, rules: Rules = Rules()) -> Disk:  # noqa: A002 - QEMU's word
@@ -226,8 +228,8 @@ class _Opening:
             if known & self._seen:
                 raise UnsupportedImageError("it comes twice in one chain: the chain is a loop")
             self._seen |= known
-            if self._rules.use_locks:
-                take_locks(file, writable=False, force_share=self._rules.force_share)
+            if self._rules.use_locks and not take_locks(file, writable=False, force_share=self._rules.force_share):
+                self._rules.on_unlocked(path)
         return file
 
     def _guess(self, file: ImageFile, what: str) -> str:

@@ -179,6 +179,7 @@ def prove(
     sample: int | None = None,
     seed: int | None = None,
     use_locks: bool = True,
+    on_unlocked: Callable[[Path], object] = lambda _: None,
     progress: Progress = lambda _done, _total: None,
 ) -> Coverage:
     """Compare what a bitmap marks with what has changed since an older copy. Nothing is written.
@@ -192,6 +193,7 @@ def prove(
             than so many single granules, all is compared, and the result has no sample.
         seed: of the sample; None for a new one.
         use_locks: False takes no locks.
+        on_unlocked: called with each file that is read without the locks that were wanted: its file system has none.
         progress: called with bytes of the disk done, and in all.
 
     Raises:
@@ -201,9 +203,11 @@ def prove(
         BitmapSizeMismatchError: `disk` is of another size than the image's.
         UnsupportedImageError, CorruptImageError, InUseError, ImageIOError: as `qcow2bm.open`, of any file.
     """
-    rules = Rules(data_files=data_files or {}, use_locks=use_locks)
+    rules = Rules(data_files=data_files or {}, use_locks=use_locks, on_unlocked=on_unlocked)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Qcow2Image.open(image, use_locks=use_locks))
+        if use_locks and not opened.locked:
+            on_unlocked(opened.file.path)
         with naming(opened.file.path):
             stored = BitmapDirectory(opened).find(bitmap)
             bits = usable_bits(stored)

@@ -18,7 +18,7 @@ from .committing import commit
 from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import JsonObject, Output, print_json, warn
 from .progress import ProgressBar
-from .reading import bitmaps_json
+from .reading import bitmaps_json, warn_unlocked
 from .sizes import human_size
 from .terminal import painted, printable
 
@@ -89,6 +89,8 @@ def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How
     A dry run opens the image as a reader, so that it cannot write even if it wanted to.
     """
     with api.open(path, writable=not how.dry_run, use_locks=how.use_locks) as image:
+        if how.use_locks and not image.qcow2.locked:
+            warn_unlocked(path)
         if image.qcow2.rolled_back:
             warn("an earlier change was cut short by a crash; it was rolled back first", path)
         with naming(path):

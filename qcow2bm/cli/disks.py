@@ -15,6 +15,7 @@ import typer
 
 from ..errors import InUseError, UndoError, UsageError
 from .output import warn
+from .reading import warn_unlocked
 from .references import same_file
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def rules(files: list[DataFile] | None, image: Path, *, use_locks: bool) -> Rule
     """How disks are to be opened; a data file that is nobody's by name is that of `image`."""
     from ..chain.opening import Rules
 
-    return Rules(data_files=data_files(files, image), use_locks=use_locks)
+    return Rules(data_files=data_files(files, image), use_locks=use_locks, on_unlocked=warn_unlocked)
 
 
 def data_files(files: list[DataFile] | None, image: Path) -> Mapping[Path, Path]:

@@ -15,6 +15,7 @@ from .failures import BROKEN_BITMAP, worst
 from .meanings import meaning, shown
 from .options import ForceShareOption, ImageArgument, OutputOption
 from .output import JsonObject, Output, complain, print_json, warn
+from .reading import warn_unlocked
 from .terminal import painted, printable
 
 
@@ -51,6 +52,8 @@ def dump(
     with raw_image(image, force_share=force_share) as raw:
         if force_share:
             warn("read without keeping writers out: what is shown may be stale", image)
+        elif not raw.locked:
+            warn_unlocked(image)
         found = [raw.read(name) for name in structure or STRUCTURES]
     status = worst(map(_status, found))
     if output is Output.JSON:

@@ -24,6 +24,7 @@ from .disks import (
 from .options import BitmapArgument, ImageArgument, NoLockOption, OutputOption, ProgressOption
 from .output import Cell, JsonObject, Output, print_json, print_pairs, warn
 from .progress import ProgressBar
+from .reading import warn_unlocked
 from .sizes import exact_size, human_size, parse_size, percent
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def prove(
             sample=sample,
             seed=seed,
             use_locks=not no_lock,
+            on_unlocked=warn_unlocked,
             progress=bar,
         )
     if sample is not None and found.sample is None:

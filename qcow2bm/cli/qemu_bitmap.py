@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from .qemu_options import ForeignError, RefusedError, answered, read_options, refusing, require_ours
+from .qemu_options import ForeignError, RefusedError, answered, read_options, refusing, require_locked, require_ours
 from .real_qemu_img import complain
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def _opened(name: str, given_format: str | None, *, writable: bool) -> Iterator[
             raise ForeignError from None
         image = _mended(name, given_format)
     with image:
+        with refusing(name, given_format, writable=writable):
+            require_locked(locked=image.qcow2.locked)
         yield image
 
 

@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .qemu_checking import Totals, check, opened_as_qemu
-from .qemu_options import USAGE, ForeignError, RefusedError, answered, read_options, refusing, require_ours
+from .qemu_options import (
+    USAGE,
+    ForeignError,
+    RefusedError,
+    answered,
+    read_options,
+    refusing,
+    require_locked,
+    require_ours,
+)
 
 _SHORT = "hf:r:T:qU"
 _LONG = ["help", "format=", "repair=", "output=", "object=", "image-opts", "force-share"]
@@ -98,6 +107,7 @@ def _look(request: Request, totals: Totals) -> None:
         _opening(request),
         inspecting(request.image, force_share=request.force_share, as_qemu=True) as inspection,
     ):
+        require_locked(locked=inspection.locked or request.force_share)
         check(inspection, opened_as_qemu(inspection, request.image), totals)
 
 

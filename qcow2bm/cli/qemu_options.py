@@ -80,12 +80,21 @@ def _option_error(argv: list[str], error: getopt.GetoptError) -> tuple[str, str]
 
 
 USAGE = "Try 'qemu-img --help' for more information"
+_WITHOUT_LOCKS = "qcow2bm's own commands read it all the same, and with --no-lock write: make sure that no VM runs"
 
 
 def require_ours(name: str, given_format: str | None) -> None:
     """Leave to the real qemu-img other formats and `nbd:...`, `json:{...}`: a colon before the first slash."""
     if given_format not in (None, "qcow2") or ":" in name.split("/", 1)[0]:
         raise ForeignError
+
+
+def require_locked(*, locked: bool) -> None:
+    """Refuse, as QEMU does, to read unprotected what a VM may be writing to."""
+    from ..image.lock import unavailable
+
+    if not locked:
+        raise unavailable()
 
 
 @contextlib.contextmanager
@@ -115,7 +124,9 @@ def refusing(name: str, given_format: str | None, *, writable: bool) -> Iterator
         ) from None
     except ImageIOError as error:
         raise RefusedError(f"{failed}{failed}{error.message}") from None
-    except (LockingUnavailableError, InterruptedChangeError, UndoError) as error:
+    except LockingUnavailableError as error:
+        raise RefusedError(f"{failed}{error.message}", _WITHOUT_LOCKS) from None
+    except (InterruptedChangeError, UndoError) as error:
         # A change that a crash cut short is ours to settle: QEMU must not write over it.
         raise RefusedError(f"{failed}{error.message}; {error.hint}") from None
     except NotQcow2Error:

@@ -26,8 +26,13 @@ def reading(path: Path, *, force_share: bool) -> Iterator[api.Image]:
         if force_share:
             warn("read without keeping writers out: what is shown may be stale", path)
         elif not image.qcow2.locked:
-            warn("this file system has no locks: what is shown is stale if a VM runs", path)
+            warn_unlocked(path)
         yield image
+
+
+def warn_unlocked(path: Path) -> None:
+    """What is to be said where a file is read that locks cannot protect."""
+    warn("this file system has no locks: what is shown is stale if a VM runs", path)
 
 
 @contextlib.contextmanager

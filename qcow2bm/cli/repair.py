@@ -18,6 +18,7 @@ from .committing import committing
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption
 from .output import Output, print_json, warn
 from .progress import ProgressBar
+from .reading import warn_unlocked
 from .repair_output import print_plan, print_result, repair_json, step_lines
 from .saved_plan import load_plan, save_plan
 from .terminal import printable
@@ -291,6 +292,8 @@ def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, ob
             image, policy, writable=not manner.dry_run, use_locks=manner.use_locks, ask=ask, progress=bar
         ) as session,
     ):
+        if manner.use_locks and not session.locked:
+            warn_unlocked(image)
         if session.rolled_back:
             warn("an earlier change was cut short by a crash; it was rolled back first", image)
         if session.file.is_device and policy.keeps_undo and manner.undo is None and not manner.dry_run:

@@ -10,6 +10,7 @@ from typing import Self
 from .. import api
 from ..bitmap.draft import Source
 from ..errors import naming
+from .reading import warn_unlocked
 from .references import same_file, split_reference
 
 
@@ -53,4 +54,6 @@ class Sources:
         if known is None:
             known = self._stack.enter_context(api.open(path, use_locks=self._use_locks))
             self._open[path] = known
+            if self._use_locks and not known.qcow2.locked:
+                warn_unlocked(path)
         return known

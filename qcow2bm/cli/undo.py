@@ -19,6 +19,7 @@ from .failures import Postponed
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import Cell, Column, JsonObject, Output, print_json, print_pairs, print_table, warn
 from .progress import ProgressBar
+from .reading import warn_unlocked
 from .sizes import exact_size, human_size
 from .terminal import printable
 
@@ -252,6 +253,8 @@ def _bring_back(
 ) -> None:
     with ExitStack() as stack:
         image = stack.enter_context(api.open(path, writable=not wanted.dry_run, use_locks=use_locks))
+        if use_locks and not image.qcow2.locked:
+            warn_unlocked(path)
         if image.qcow2.rolled_back:
             warn("an earlier change was cut short by a crash; it was rolled back first", path)
         with naming(path):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import SEEK_END
@@ -32,7 +31,7 @@ from ..errors import (
     naming,
 )
 from .data_file import FollowingFile
-from .file import ImageFile
+from .file import ImageFile, read_fd
 from .image import Qcow2Image
 from .plan import Kept, Plan, Stage, Write
 
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
     from .undo_writer import UndoWriter
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_MEMORY = 8 << 20
+"""Bytes to put back that are held in memory; the rest lies in a temporary file."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes to write."""
@@ -159,8 +160,6 @@ def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Ke
 class _Kept:
     """Old bytes, to put back if the plan fails: a few MiB in memory, the rest in a temporary file."""
 
-    _IN_MEMORY = 8 << 20
-
     def __init__(self) -> None:
         self._held = 0
         self._spill: IO[bytes] | None = None
@@ -170,7 +169,7 @@ class _Kept:
         if data.count(0) == len(data):
             return partial(bytes, len(data))
         self._held += len(data)
-        if self._held <= self._IN_MEMORY:
+        if self._held <= _IN_MEMORY:
             return lambda: data
         if self._spill is None:
             from tempfile import TemporaryFile  # rarely needed, and slow to load
@@ -179,7 +178,7 @@ class _Kept:
         spill, place = self._spill, self._spill.seek(0, SEEK_END)
         spill.write(data)
         spill.flush()
-        return partial(os.pread, spill.fileno(), len(data), place)  # which does not hold the data
+        return partial(read_fd, spill.fileno(), len(data), place)  # which does not hold the data
 
     def close(self) -> None:
         """Forget everything."""

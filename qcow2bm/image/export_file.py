@@ -19,6 +19,7 @@ from typing import BinaryIO, Self
 
 from ..errors import ExportFileError, from_os_error, naming
 from ..format.header import MAGIC as QCOW2_MAGIC
+from .file import read_fd
 from .undo_writer import sync_folder
 
 _PIECE = 1 << 20
@@ -238,7 +239,7 @@ class Input:
             self._spool.flush()
         source = self._stream if self._spool is None else self._spool
         try:
-            return os.pread(source.fileno(), length, offset)
+            return read_fd(source.fileno(), length, offset)
         except OSError as error:
             raise from_os_error(error, self.name) from error
 

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -134,15 +134,10 @@ class ImageFile:
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset`; durable only after the next `barrier`."""
-        view = memoryview(data).cast("B")
-        while view:
-            written = os.pwrite(self.fd, view, offset)
-            if written == 0:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            view, offset = view[written:], offset + written
+        for end in _written(self.fd, data, offset):
             # After every part: one that a full disk cut short has made the file longer all the same.
             if not self.is_device:
-                self.size = max(self.size, offset)
+                self.size = max(self.size, end)
 
     def barrier(self) -> None:
         """Everything written so far reaches the disk before anything written later.
@@ -188,6 +183,23 @@ def read_fd(fd: int, length: int, offset: int) -> bytes:
         parts.append(data)
         got += len(data)
     return b"".join(parts)
+
+
+def write_fd(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of an open file: a write may stop before that."""
+    for _ in _written(fd, data, offset):
+        pass
+
+
+def _written(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Iterator[int]:
+    """Write it, and yield the end of each part."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view, offset = view[written:], offset + written
+        yield offset
 
 
 def _is_read_only(fd: int) -> bool:

@@ -8,10 +8,13 @@ open-file-description locks, so they belong to our one descriptor and not to the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,6 +28,7 @@ _USES = 100
 _UNSHARED = 200
 _FLOCK = struct.Struct("@hhqqi4x")
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_ATTEMPTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,16 @@ class Claim:
 
     uses: tuple[int, ...]
     unshared: tuple[int, ...]
+
+    @property
+    def announced(self) -> list[int]:
+        """The bytes that are locked."""
+        return [_USES + permission for permission in self.uses] + [_UNSHARED + n for n in self.unshared]
+
+    @property
+    def rivals(self) -> list[int]:
+        """The bytes that nobody else may have locked."""
+        return [_UNSHARED + permission for permission in self.uses] + [_USES + n for n in self.unshared]
 
 
 class LockMode(Enum):
@@ -44,6 +58,10 @@ class LockMode(Enum):
     """As `-U`: only announces itself; a writer that unshares reading still wins."""
     WRITER = Claim(uses=(READ, WRITE, RESIZE), unshared=(READ, WRITE, RESIZE))
     """Nobody else at all: a reader would see a change half done."""
+
+
+_WRITING = [_USES + permission for permission in (WRITE, RESIZE)]
+_ALL = [base + permission for base in (_USES, _UNSHARED) for permission in (READ, WRITE, WRITE_UNCHANGED, RESIZE)]
 
 
 def _lock(fd: int, byte: int, kind: int) -> None:
@@ -59,80 +77,115 @@ def _held_by_others(fd: int, byte: int) -> bool:
 def acquire(fd: int, mode: LockMode) -> None:
     """Take the locks of `mode` on `fd`, or none.
 
-    Everything is announced first and tested afterwards, so of two that start at once both may fail but never both win.
-
     Raises:
         InUseError: another process holds the image in a conflicting way; the message names it where /proc tells.
         LockingUnavailableError: this file system has no such locks.
     """
-    claim = mode.value
     try:
-        for permission in claim.uses:
-            _lock(fd, _USES + permission, fcntl.F_RDLCK)
-        for permission in claim.unshared:
-            _lock(fd, _UNSHARED + permission, fcntl.F_RDLCK)
-        rivals = [_UNSHARED + permission for permission in claim.uses] + [
-            _USES + permission for permission in claim.unshared
-        ]
-        conflict = any(_held_by_others(fd, byte) for byte in rivals)
+        met = _contend(fd, mode.value)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            release(fd)
         if error.errno in _NO_LOCKS:
-            raise LockingUnavailableError(
-                "this file system has no locks that QEMU respects",
-                hint="make sure that no VM runs and use --no-lock",
-            ) from error
-        raise
-    if conflict:
+            raise unavailable() from error
+        if error.errno != errno.EAGAIN:  # somebody has an exclusive lock, as no QEMU takes
+            raise
+        met = mode.value.announced
+    if met:
+        raise InUseError(_describe(fd, mode, met), hint=_advice(mode))
+
+
+def _contend(fd: int, claim: Claim) -> list[int]:
+    """Announce a claim; the bytes that others hold against it, and then nothing is announced any more.
+
+    Everything is announced first and tested afterwards, so of two that start at once both may back out but never both
+    win. Whoever has it already is seen before anything is announced: a claim that is bound to fail must not be what
+    keeps a third one out. So those who meet after that have come in the same moment, and are parted by chance.
+    """
+    met: list[int] = []
+    for attempt in range(_ATTEMPTS):
+        met = [byte for byte in claim.rivals if _held_by_others(fd, byte)]
+        if met:
+            return met
+        for byte in claim.announced:
+            _lock(fd, byte, fcntl.F_RDLCK)
+        met = [byte for byte in claim.rivals if _held_by_others(fd, byte)]
+        if not met:
+            return []
         release(fd)
-        raise InUseError(_describe(fd, mode), hint=_advice(mode))
+        time.sleep(0.008 * (attempt + 1) * int.from_bytes(os.urandom(2), "big") / (1 << 16))
+    return met
+
+
+def unavailable() -> LockingUnavailableError:
+    """The error that says so."""
+    return LockingUnavailableError(
+        "this file system has no locks that QEMU respects", hint="make sure that no VM runs and use --no-lock"
+    )
 
 
 def release(fd: int) -> None:
     """Drop every lock of ours on `fd`."""
-    for base in (_USES, _UNSHARED):
-        for permission in (READ, WRITE, WRITE_UNCHANGED, RESIZE):
-            _lock(fd, base + permission, fcntl.F_UNLCK)
+    for byte in _ALL:
+        _lock(fd, byte, fcntl.F_UNLCK)
 
 
 def has_writer(fd: int) -> bool:
     """True if another process has the image open for writing: a running VM, or a tool at work. Takes no lock."""
     try:
-        return any(_held_by_others(fd, _USES + permission) for permission in (WRITE, RESIZE))
+        return any(_held_by_others(fd, byte) for byte in _WRITING)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False
         raise
 
 
-def holders(fd: int) -> list[str]:
-    """The processes that hold QEMU's locks on the file, each as "pid 123 (qemu-system-x86)".
+def holders(fd: int, places: Iterable[int] = _ALL) -> list[str]:
+    """The processes that have one of these bytes of the file locked, each as "pid 123 (qemu-system-x86)".
 
-    Those that /proc shows to us, without this one.
+    Those that /proc shows to us, without the locks of `fd` itself.
     """
     status = os.fstat(fd)
-    place = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    wanted, own = frozenset(places), Path(f"/proc/{os.getpid()}/fdinfo/{fd}")
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) == os.getpid():
-            continue
         try:
-            held = any(_names_lock(info.read_text(), place) for info in (process / "fdinfo").iterdir())
-            if held:
-                found.append(f"pid {process.name} ({(process / 'comm').read_text().strip()})")
+            infos = (info for info in (process / "fdinfo").iterdir() if info != own)
+            if any(_locks(info.read_text(), file, wanted) for info in infos):
+                found.append(f"pid {process.name} ({_name(process)})")
         except OSError:  # gone meanwhile, or not ours to look at
             continue
     return sorted(found)
 
 
-def _names_lock(fdinfo: str, place: str) -> bool:
-    return any("OFDLCK" in line and place in line for line in fdinfo.splitlines() if line.startswith("lock:"))
+def _name(process: Path) -> str:
+    """What a process calls itself: any bytes but a zero."""
+    return (process / "comm").read_text(errors="backslashreplace").removesuffix("\n")
 
 
-def _describe(fd: int, mode: LockMode) -> str:
-    who = ", ".join(holders(fd)) or "another process"
-    if mode is LockMode.WRITER and not has_writer(fd):
-        return f"in use: {who} is reading it"
-    return f"in use: {who} has it open for writing"
+def _locks(fdinfo: str, file: str, wanted: frozenset[int]) -> bool:
+    """True if one of the locks that the kernel lists is on this file and covers a wanted byte.
+
+    A line is "lock: 1: OFDLCK ADVISORY READ -1 fe:01:1234 100 100", the last two words the first byte and the last.
+    """
+    for line in fdinfo.splitlines():
+        words = line.split()
+        if words[:1] == ["lock:"] and words[2] in ("OFDLCK", "POSIX") and words[-3] == file:
+            first, last = words[-2:]
+            if any(int(first) <= byte and (last == "EOF" or byte <= int(last)) for byte in wanted):
+                return True
+    return False
+
+
+def _describe(fd: int, mode: LockMode, met: list[int]) -> str:
+    """Who is in the way: where somebody writes the writers, without the readers that bear with them."""
+    writing = [byte for byte in met if byte in _WRITING]
+    who = holders(fd, writing or met)
+    is_read = mode is LockMode.WRITER and not writing
+    one, several = ("is reading it", "are reading it") if is_read else ("has it", "have it")
+    doing = (several if len(who) > 1 else one) + ("" if is_read else " open for writing")
+    return f"in use: {', '.join(who) or 'another process'} {doing}"
 
 
 def _advice(mode: LockMode) -> str:

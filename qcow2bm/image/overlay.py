@@ -6,7 +6,6 @@ written, and the plan is what differs in the end, whatever steps led there.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import IO, NamedTuple
 
 from ..errors import TruncatedImageError
 from ..format.header import INCOMPATIBLE_FIELD, Incompatible
-from .file import ImageFile
+from .file import ImageFile, read_fd, write_fd
 from .image import Qcow2Image
 from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
@@ -236,7 +235,7 @@ class OverlayFile(ImageFile):
         if isinstance(content, _Below):
             return self._base_page(content.page)
         assert self._spill is not None
-        return os.pread(self._spill.fileno(), _PAGE, content)
+        return read_fd(self._spill.fileno(), _PAGE, content)
 
     def _store(self, page: int, content: bytes) -> None:
         if page not in self._pages:
@@ -245,7 +244,7 @@ class OverlayFile(ImageFile):
             if self._spill is None:
                 self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
             # Always behind what is there: a mark may still need the old content.
-            os.pwrite(self._spill.fileno(), content, self._spilled)
+            write_fd(self._spill.fileno(), content, self._spilled)
             self._pages[page] = self._spilled
             self._spilled += _PAGE
         else:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UndoError
-from .file import ImageFile, flush_error, read_fd
+from .file import ImageFile, flush_error, read_fd, write_fd
 from .plan import SECTOR, Kept, Stage, Write
 from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
 
@@ -83,7 +83,7 @@ class UndoWriter:
 
     def _append(self, *parts: bytes) -> None:
         for part in parts:
-            write_all(self._fd, part, self._at)
+            write_fd(self._fd, part, self._at)
             self._at += len(part)
 
     def link(self, path: Path) -> bool:
@@ -144,9 +144,9 @@ def second_copy(fd: int, journal: Path, mode: int) -> None:
     try:
         end = os.fstat(fd).st_size
         for at in range(SECTOR, end, _PIECE):
-            write_all(copy, read_fd(fd, min(_PIECE, end - at), at), at)
+            write_fd(copy, read_fd(fd, min(_PIECE, end - at), at), at)
         os.fsync(copy)
-        write_all(copy, read_fd(fd, SECTOR, 0), 0)
+        write_fd(copy, read_fd(fd, SECTOR, 0), 0)
         os.fsync(copy)
     except BaseException:
         journal.unlink(missing_ok=True)
@@ -161,17 +161,9 @@ def seen(image: ImageFile) -> dict[str, int]:
     return {"head_crc": crc(image.read_padded(0, SECTOR)), "size_after": image.size}
 
 
-def write_all(fd: int, data: bytes, offset: int) -> None:
-    """Write all of `data` at `offset` of a file."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
 def write_summary(fd: int, summary: Summary) -> None:
     """Write the header of an undo file, durably."""
-    write_all(fd, summary.build(), 0)
+    write_fd(fd, summary.build(), 0)
     os.fsync(fd)
 
 

@@ -28,11 +28,13 @@ class Repair:
 
     Attributes:
         rolled_back: a change that a crash had cut short was undone first.
+        locked: False if no lock protects what is read: it may be stale.
     """
 
     file: ImageFile
     plan: RepairPlan
     rolled_back: bool
+    locked: bool
 
     def commit(self, *, undo: str | os.PathLike[str] | None, progress: Progress | None = None) -> Report:
         """Carry the plan out, all of it or nothing; returns what a check of the image finds then.
@@ -92,12 +94,11 @@ def repairing(
         UndoError: the journal of such a change is damaged, or the image is not as the crash left it.
     """
     with contextlib.closing(ImageFile.open(path, writable=writable)) as file, naming(file.path):
-        if use_locks:
-            take_locks(file, writable=writable, force_share=False)
+        locked = use_locks and take_locks(file, writable=writable, force_share=False)
         rolled_back = settle_interrupted(file, writable=writable)
         with contextlib.closing(OverlayFile(file)) as overlay:
             plan = work_out(overlay, policy or RepairPolicy(), ask=ask, progress=progress)
-            yield Repair(file, plan, rolled_back)
+            yield Repair(file, plan, rolled_back, locked)
 
 
 def plan_repair(path: str | os.PathLike[str], policy: RepairPolicy | None = None) -> RepairPlan:

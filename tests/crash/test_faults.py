@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qcow2bm.image import commit, overlay
 from tests.crash.commands import COMMANDS, Command
 from tests.crash.faults import FAULTS, Fault, failing
 from tests.crash.shapes import SHAPES
@@ -43,6 +44,8 @@ FOUND = (
     ("remove the last", "extension outside the first sector", "flush errors"),
     # An export file that could be opened and not looked at: the message did not say which, and it stayed open.
     ("import", "64 KiB clusters", "other error"),
+    # What was read a second time was taken for changed where a read had stopped half-way.
+    ("import", "64 KiB clusters", "short reads"),
 )
 """What went wrong once: command, shape of the image, fault."""
 
@@ -50,6 +53,19 @@ FOUND = (
 @pytest.mark.parametrize(("command", "shape", "fault"), FOUND)
 def test_what_has_been_found_and_mended(command: str, shape: str, fault: str) -> None:
     outcome = try_out(named(COMMANDS, command), named(SHAPES, shape), named(FAULTS, fault))
+    assert outcome.states
+    assert not outcome.bad, "\n".join(outcome.bad)
+
+
+@pytest.mark.parametrize("fault", ["short reads", "short writes", "disk full", "read error"])
+@pytest.mark.parametrize(("command", "every"), [("merge", 3), ("repair mappings", 150)])
+def test_what_is_kept_in_temporary_files_may_fail_as_well(
+    command: str, every: int, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a change is too large for memory, which no small image brings about."""
+    monkeypatch.setattr(overlay, "_IN_MEMORY", 0)
+    monkeypatch.setattr(commit, "_IN_MEMORY", 0)
+    outcome = try_out(named(COMMANDS, command), SHAPES[0], named(FAULTS, fault), every=every)
     assert outcome.states
     assert not outcome.bad, "\n".join(outcome.bad)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 from tests.crash.commands import Command
 from tests.crash.faults import Fault, failing
@@ -25,7 +26,11 @@ def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> 
         judge = trial.judge()
         for number in count(0, every):
             trial.before.write(folder)
-            with failing(folder, fault, number) as stand_in, quiet() as said:
+            with (
+                failing(folder, fault, number) as stand_in,
+                patch.object(tempfile, "tempdir", path),  # what is spilled into temporary files may fail as well
+                quiet() as said,
+            ):
                 status = command.run(trial.image, shape)
             if not stand_in.happened:
                 return outcome

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from qcow2bm.errors import (
     LockingUnavailableError,
     UsageError,
 )
+from qcow2bm.image.file import ImageFile
 from tests.support.daemon import connect, spawn
 from tests.support.qemu import QemuError, StorageDaemon, bitmap_info, qemu_img, qemu_io, read_bitmaps, run
 
@@ -348,6 +350,111 @@ def test_a_vm_and_us_at_once(image: Path) -> None:
     assert len(entries) == 1 + ROUNDS
     assert not any("in-use" in entry["flags"] for entry in entries)
     qemu_img("check", image)
+
+
+# ---- names of the file, and who is named ----
+
+
+@pytest.mark.parametrize("name", ["soft.qcow2", "hard.qcow2", "folder/image.qcow2", "proc"])
+def test_another_name_of_the_file_is_the_same_file(name: str, image: Path) -> None:
+    """Links to it, to its folder, or to the open file of another process."""
+    image.with_name("soft.qcow2").symlink_to(image.name)
+    os.link(image, image.with_name("hard.qcow2"))
+    image.with_name("folder").symlink_to(".")
+    with StorageDaemon(image) as vm:
+        opened = Path(f"/proc/{vm.pid}/fd").iterdir()
+        proc = next(link for link in opened if link.readlink() == image)
+        other = proc if name == "proc" else image.parent / name
+        for writable in (True, False):
+            with pytest.raises(InUseError, match=rf"pid {vm.pid} \(qemu-storage-da\) has it open for writing"):
+                qcow2bm.open(other, writable=writable)
+    with qcow2bm.open(image.with_name("hard.qcow2"), writable=True):
+        for tool in (*READERS.values(), *WRITERS.values()):
+            require_refused(tool, image)
+
+
+def test_a_file_put_in_its_place_is_another_one(image: Path) -> None:
+    """What was opened is what is locked, read and written, whatever has its name by now; a VM may have the new file."""
+    new = image.with_name("new.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", new, "64M")
+    content = new.read_bytes()
+
+    def replaced(path: Path, *, writable: bool) -> ImageFile:
+        file = ImageFile.open(path, writable=writable)
+        os.link(path, image.with_name("old.qcow2"))
+        new.rename(path)
+        return file
+
+    with qcow2bm.open(image, writable=True, open_file=replaced) as ours:
+        READERS["daemon ro"](image)
+        require_refused(WRITERS["daemon rw"], image.with_name("old.qcow2"))
+        with ours.edit() as edit:
+            edit.add("late")
+    assert image.read_bytes() == content
+    assert {entry["name"] for entry in bitmap_info(image.with_name("old.qcow2"))} == {"daily", "late"}
+
+
+def test_only_who_is_in_the_way_is_named(image: Path) -> None:
+    """Beside a VM others may read by force; shutting them down would not help."""
+    with StorageDaemon(image) as vm, StorageDaemon(image, writable=False, force_share=True) as reader:
+        for writable in (True, False):
+            with pytest.raises(InUseError) as refusal:
+                qcow2bm.open(image, writable=writable)
+            assert refusal.value.message == f"in use: pid {vm.pid} (qemu-storage-da) has it open for writing"
+        assert set(qcow2bm.who_holds(image)) == {f"pid {pid} (qemu-storage-da)" for pid in (vm.pid, reader.pid)}
+    readers = StorageDaemon(image, writable=False), StorageDaemon(image, writable=False)
+    with readers[0], readers[1], pytest.raises(InUseError, match=r"^\S+: in use: pid .*, pid .* are reading it; "):
+        qcow2bm.open(image, writable=True)
+
+
+@contextmanager
+def stranger(image: Path, code: str) -> Iterator[int]:
+    """A process with a lock that no QEMU takes: `code` takes it on `fd`."""
+    program = f"import fcntl, sys\nfd = open(sys.argv[1], 'rb+')\n{code}\nprint(flush=True)\nsys.stdin.read()"
+    argv = [sys.executable, "-c", program, str(image)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield process.pid
+
+
+@pytest.mark.parametrize("place", ["", ", 1, 100"])
+def test_an_exclusive_lock_is_in_the_way(place: str, image: Path) -> None:
+    """Of a program that locks whole files, or of `flock` on NFS: in use, as QEMU has it, and no failure of ours."""
+    with stranger(image, f"fcntl.lockf(fd, fcntl.LOCK_EX{place})") as pid:
+        for writable, force_share in ((True, False), (False, False), (False, True)):
+            with pytest.raises(InUseError, match=rf"pid {pid} \(python"):
+                qcow2bm.open(image, writable=writable, force_share=force_share)
+        with pytest.raises(QemuError, match="lock"):
+            qemu_img("check", "-f", "qcow2", image)
+    with qcow2bm.open(image, writable=True):
+        pass
+
+
+def test_a_process_may_have_any_name(image: Path) -> None:
+    """The kernel takes any bytes for it; the message is still a message."""
+    name = "open('/proc/self/comm', 'wb').write(b'vm\\xff')"
+    with stranger(image, f"fcntl.lockf(fd, fcntl.LOCK_EX)\n{name}") as pid:
+        assert qcow2bm.who_holds(image) == [f"pid {pid} (vm\\xff)"]
+        with pytest.raises(InUseError, match=f"pid {pid}"):
+            qcow2bm.open(image)
+
+
+def test_who_is_refused_has_announced_nothing(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that is bound to fail must not, for a moment, be what keeps a third one out."""
+    taken = []
+    real = fcntl.fcntl
+
+    def watched(fd: int, command: int, words: bytes) -> object:
+        taken.append(command == fcntl.F_OFD_SETLK)
+        return real(fd, command, words)
+
+    with nbd_reader(image):
+        monkeypatch.setattr(fcntl, "fcntl", watched)
+        with pytest.raises(InUseError):
+            qcow2bm.open(image, writable=True)
+    assert taken
+    assert not any(taken)
 
 
 # ---- no locks ----

@@ -126,7 +126,7 @@ def test_more_old_bytes_than_are_held_in_memory_are_put_back_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They wait in a temporary file."""
-    monkeypatch.setattr("qcow2bm.image.commit._Kept._IN_MEMORY", 100)
+    monkeypatch.setattr("qcow2bm.image.commit._IN_MEMORY", 100)
     test_when_any_write_fails_every_byte_is_as_it_was_free_clusters_included(tmp_path, errno.ENOSPC)
 
 
