@@ -11,7 +11,7 @@ so far out that no image with so few tables should have it. Counters widen when 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -128,18 +128,21 @@ class BulkCensus(Census):
     def add_unshared(self, offsets: Sequence[int]) -> bool:
         clusters = np.fromiter(offsets, np.uint64, len(offsets)) >> np.uint64(self.geometry.cluster_bits)
         places = np.unique(clusters.view(np.int64))
-        if places.size < len(offsets) or int(places.max(initial=0)) >= min(self._near, self.clusters):
+        if places.size < len(offsets) or int(places.max(initial=0)) >= self.clusters:
             return False
-        arrays = (counts.array for counts in self._counts.values())
-        if any(array is not None and array[places].any() for array in arrays):
+        if any(counts.any_of(places) for counts in self._counts.values()):
             return False
         self._counts[Use.STRUCTURE].add_each(places, 1, ascending=True)
         return True
 
-    def copied_rightly(self, l1_table: array[int]) -> bool:
+    def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterable[int]:
         values = np.frombuffer(l1_table, np.uint64)
-        entries = _Entries(values[values & np.uint64(OFFSET_MASK) != 0], None, self.geometry)
-        return not self._miscopied(entries.values, entries.clusters).size
+        used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
+        entries = _Entries(values[used], None, self.geometry)
+        wrong = used[self._miscopied(entries.values, entries.clusters)]
+        named = used[np.isin(entries.offsets, np.fromiter(tables, np.uint64, len(tables)))]
+        found: list[int] = np.union1d(wrong, named).tolist()
+        return found
 
     def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
         if self.data_file or not all(map(self.stored.is_readable, self.stored.indices())):
@@ -375,7 +378,7 @@ class BulkCensus(Census):
         if self._is_one is None:
             self._is_one = np.zeros(self._near, np.bool_)
             per_block, at_once = self.geometry.refcounts_per_block, max(1, _COMPARED // self.geometry.cluster_size)
-            near = [index for index in self.stored.indices() if index * per_block < self._near]
+            near = [index for index in self.stored.occupied if index * per_block < self._near]
             for start, stop in _rows(near, at_once):
                 part = self._is_one[start * per_block : stop * per_block]
                 counts, readable = self._stored(range(start, stop), part.size)
@@ -411,7 +414,7 @@ class BulkCensus(Census):
     def _blocks_in_use(self) -> list[int]:
         """Indices of refcount blocks that exist or that count clusters in use."""
         per_block = self.geometry.refcounts_per_block
-        found = {index for index in self.stored.indices() if index * per_block < self.clusters}
+        found = {index for index in self.stored.occupied if index * per_block < self.clusters}
         found.update(range(-(-min(self._near, self.clusters) // per_block)))
         for counts in self._counts.values():
             found |= counts.far_blocks(per_block)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -168,9 +168,9 @@ class Census(ABC):
         """
         return not offsets
 
-    def copied_rightly(self, l1_table: array[int]) -> bool:
-        """True if the copied flags of all entries are right; may say False where they are."""
-        return not any(l1_table)
+    def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterable[int]:  # noqa: ARG002
+        """Indices of L1 entries whose copied flag may be wrong, or that name one of these L2 tables; may say more."""
+        return range(len(l1_table)) if any(l1_table) else ()
 
     def miscopied(self, values: array[int]) -> Iterator[int]:
         """Indices of the entries of an L2 table whose copied flag contradicts the refcount, where that is known."""

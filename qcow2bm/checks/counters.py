@@ -57,6 +57,7 @@ class Counters:
         if clusters.size and int(clusters.max()) >= self._near:
             far = clusters >= self._near
             self._far.append((weight, clusters[far]))
+            self._sorted = None
             clusters = clusters[~far]
         for start in range(0, clusters.size, _PIECE):
             piece = clusters[start : start + _PIECE]
@@ -80,6 +81,16 @@ class Counters:
             if start < stop and end_of_run > first:
                 counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
         return counts if counts.any() else None
+
+    def any_of(self, clusters: Clusters) -> bool:
+        """True if any of these clusters is counted."""
+        near, far = clusters[clusters < self._near], clusters[clusters >= self._near]
+        if self.array is not None and self.array[near].any():
+            return True
+        if not far.size:
+            return False
+        runs = any(((far >= first) & (far < stop)).any() for first, stop, _ in self._far_runs)
+        return runs or bool(np.isin(far, self._far_sorted()[0]).any())
 
     def far_blocks(self, per_block: int) -> set[int]:
         """Indices of the refcount blocks that count far clusters which are referred to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ _MOST_OWNERS = 8
 """Owners that are named of a cluster."""
 _CLUSTERS_OF_ONE = 8
 """Clusters of one finding whose owners are named."""
+_MANY = 1 << 16
+"""L2 tables whose visits are counted."""
 _MOST_CLUSTERS = 1 << 12
 """Clusters whose owners are looked for, over all findings."""
 
@@ -81,7 +84,13 @@ class OwnerSearch:
         """The L2 tables of an L1 table and what their entries refer to."""
         view, size = self._view, self._geometry.cluster_size
         suffix = "" if root.snapshot is None else f" of snapshot {decode_name(root.snapshot.id)}"
+        visits: Counter[int] = Counter()
         for index, entry in enumerate(view.read_l1(root)):
+            # A table that has been met so often has named all the owners that are told of a cluster.
+            if not entry or visits[entry] >= _MOST_OWNERS:
+                continue
+            if len(visits) < _MANY:
+                visits[entry] += 1
             offset = l1_offset(entry)
             if not offset:
                 continue

@@ -16,6 +16,8 @@ from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from ..image.image import Qcow2Image
 
 _KEPT_BYTES = 4 << 20
+_FEW = 1 << 12
+"""Refcount blocks that are looked at without asking the file system for holes."""
 
 
 class StoredRefcounts:
@@ -43,6 +45,22 @@ class StoredRefcounts:
     def indices(self) -> Sequence[int]:
         """The refcount blocks that the table names."""
         return self._known
+
+    @cached_property
+    def occupied(self) -> list[int]:
+        """Those that may hold something else than zeroes: of very many each block once, and none in a hole."""
+        if len(self._known) <= _FEW:
+            return self._known
+        size, data, found, last = self._geometry.cluster_size, 0, list[int](), 0
+        for offset, index in sorted((refcount_block_offset(self.table[index]), index) for index in self._known):
+            if offset == last:
+                continue  # what a block counts that so many entries name is told of the first
+            last = offset
+            if data <= offset < self._file.size:
+                data = max(self._file.next_data(offset), offset + 1)
+            if offset + size > data or offset % size:
+                found.append(index)
+        return sorted(found)
 
     def block(self, index: int) -> bytes | None:
         """The bytes of a refcount block: zeroes where there is none; None if it cannot be read."""

@@ -6,11 +6,12 @@ rewritten in place only where one disk sector holds all that differs, so that it
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 
-from construct import ConstructError, Int8ub, Int16ub, Int32ub, Int64ub, Struct
+from construct import Int8ub, Int16ub, Int32ub, Int64ub, Struct
 
 from ..errors import CorruptImageError
 from .faults import Fault, Weight
@@ -43,6 +44,9 @@ ENTRY_STRUCT = Struct(
     "extra_data_size" / Int32ub,
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
+_NAMES = [part.name or "" for part in ENTRY_STRUCT.subcons]
+_QUICK = struct.Struct(">" + "".join({8: "Q", 4: "I", 2: "H", 1: "B"}[part.sizeof()] for part in ENTRY_STRUCT.subcons))
+"""The same for reading: there may be tens of thousands of entries."""
 MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_BITMAP_NAME, 8)
 """Bytes of the longest entry without extra data."""
 
@@ -133,26 +137,25 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
     Raises:
         CorruptImageError: the entry goes past the end of the directory.
     """
-    try:
-        head = ENTRY_STRUCT.parse(data[offset : offset + FIXED_LENGTH])
-    except ConstructError:
-        raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}") from None
-    if head.extra_data_size >> 31:
-        text = f"a bitmap has {head.extra_data_size} bytes of extra data, more than a directory can hold"
-        raise _no_such_entries(text)
-    name_at = offset + FIXED_LENGTH + head.extra_data_size
-    length = FIXED_LENGTH + head.extra_data_size + head.name_size
+    if offset + FIXED_LENGTH > len(data):
+        raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}")
+    head = dict(zip(_NAMES, _QUICK.unpack_from(data, offset), strict=True))
+    extra, name_size = head["extra_data_size"], head["name_size"]
+    if extra >> 31:
+        raise _no_such_entries(f"a bitmap has {extra} bytes of extra data, more than a directory can hold")
+    name_at = offset + FIXED_LENGTH + extra
+    length = FIXED_LENGTH + extra + name_size
     end = offset + round_up(length, 8)
     if end > len(data):
         raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}")
     return BitmapEntry(
-        bitmap_table_offset=head.bitmap_table_offset,
-        bitmap_table_size=head.bitmap_table_size,
-        flags=BitmapFlag(head.flags),
-        granularity_bits=head.granularity_bits,
-        name=data[name_at : name_at + head.name_size],
+        bitmap_table_offset=head["bitmap_table_offset"],
+        bitmap_table_size=head["bitmap_table_size"],
+        flags=BitmapFlag(head["flags"]),
+        granularity_bits=head["granularity_bits"],
+        name=data[name_at : name_at + name_size],
         extra_data=data[offset + FIXED_LENGTH : name_at],
-        type=head.type,
+        type=head["type"],
         padding=data[offset + length : end],
     )
 

@@ -107,6 +107,53 @@ def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int
     )
 
 
+class NamedTables:
+    """The L2 tables that L1 tables name: each offset once, and where it is named first."""
+
+    def __init__(self, l1_tables: Iterable[tuple[array[int], str]]) -> None:
+        """Takes L1 tables, each with its owner."""
+        self._parts: list[tuple[str, Words, Clusters, Clusters]] = []
+        for table, owner in l1_tables:
+            values = np.frombuffer(table, np.uint64)
+            used = np.flatnonzero(values)
+            offsets, first, times = np.unique(
+                values[used] & np.uint64(OFFSET_MASK), return_index=True, return_counts=True
+            )
+            self._parts.append((owner, offsets, used[first], times))
+        every = np.concatenate([np.empty(0, np.uint64), *(offsets for _, offsets, _, _ in self._parts)])
+        firsts = np.concatenate([np.empty(0, np.int64), *(first for _, _, first, _ in self._parts)])
+        self._offsets, places = np.unique(every, return_index=True)
+        self._first = firsts[places]
+        if self._offsets.size and not self._offsets[0]:
+            self._offsets, self._first = self._offsets[1:], self._first[1:]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self._offsets.size
+
+    def unaligned(self, geometry: Geometry) -> int | None:
+        """The first offset that is not a cluster's."""
+        odd = np.flatnonzero(self._offsets & np.uint64(geometry.cluster_size - 1))
+        return int(self._offsets[odd[0]]) if odd.size else None
+
+    def entries(self, wanted: Iterable[int]) -> Iterator[tuple[int, int, str]]:
+        """L1 entries that name the wanted offsets: offset, index, owner. One that is named more often comes twice."""
+        offsets = np.unique(np.fromiter(wanted, np.uint64))
+        for owner, named, first, times in self._parts:
+            for place in np.flatnonzero(np.isin(named, offsets, assume_unique=True) & (named != 0)).tolist():
+                for _ in range(min(2, int(times[place]))):
+                    yield int(named[place]), int(first[place]), owner
+
+    def at(self, place: int) -> tuple[int, int] | None:
+        """The offset at a place in their order, and the index of the first entry that names it; None past the end."""
+        return (int(self._offsets[place]), int(self._first[place])) if place < self._offsets.size else None
+
+    def place(self, offset: int) -> int:
+        """The place of the first that does not lie before `offset`."""
+        return int(np.searchsorted(self._offsets, np.uint64(max(0, offset))))
+
+
 def _counted(values: Words) -> tuple[Words, Clusters]:
     """The distinct values, sorted, and how often each is there; `values` is sorted in place."""
     values.sort()

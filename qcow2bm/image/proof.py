@@ -15,9 +15,10 @@ from ..errors import RUN_CHECK, ProofError
 from ..format.entries import L2Entry, table_entries
 from .image import Qcow2Image
 from .mapping import read_l2, tables_in_a_row
+from .mapping_tables import MappingTables
 from .plan import Plan
 from .refcounts import Refcounts
-from .references import Reference, mapping_tables, structures
+from .references import Reference, structures
 
 _SMALL = 1 << 17
 """Mapping entries up to which plain Python is faster than loading numpy."""
@@ -58,14 +59,16 @@ def find_references(
     image: Qcow2Image, wanted: dict[int, int], others: Iterable[Reference], refcounts: Refcounts
 ) -> Iterator[tuple[int, str]]:
     """Pairs (cluster, owner) for everything in the image that refers to one of the `wanted` clusters."""
-    tables: dict[int, int] = {}
+    mapping = MappingTables(image)
+    l2_references = mapping.l2_references({image.geometry.offset_of(cluster) for cluster in wanted})
     for reference in chain(
-        structures(image, refcounts.table, image.crypto_header), mapping_tables(image, tables), others
+        structures(image, refcounts.table, image.crypto_header), mapping.roots, l2_references, others
     ):
         for cluster in _wanted_in(image, wanted, reference.offset, reference.length):
             yield cluster, reference.owner
     if image.header.has_data_file:
         return  # guest clusters lie in the data file
+    tables = mapping.l2_tables()
     if len(tables) * image.geometry.l2_entries <= _SMALL:
         yield from _scan(image, tables, wanted)
     else:
@@ -87,8 +90,6 @@ def _scan(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]) -> 
     geometry = image.geometry
     stride = geometry.l2_entry_words
     for offset, l1_index in tables.items():
-        if image.file.is_hole(offset, geometry.cluster_size):
-            continue
         for index, value in enumerate(table_entries(read_l2(image, offset))[::stride]):
             place = L2Entry(value).host_range(geometry) if value else None
             if place is not None:

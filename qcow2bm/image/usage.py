@@ -7,8 +7,9 @@ from itertools import chain
 
 from ..format.entries import used_clusters
 from .image import Qcow2Image
+from .mapping_tables import MappingTables
 from .refcounts import Refcounts
-from .references import Kind, Reference, mapping_tables, structures
+from .references import Kind, Reference, single_structures
 
 
 def usage(image: Qcow2Image, others: Iterable[Reference]) -> dict[Kind, int]:
@@ -24,16 +25,20 @@ def usage(image: Qcow2Image, others: Iterable[Reference]) -> dict[Kind, int]:
         CorruptImageError: a table cannot be read.
     """
     geometry = image.geometry
-    refcounts = Refcounts(image)
+    refcounts, mapping = Refcounts(image), MappingTables(image)
+    blocks = {refcounts.block_offset(index): index for index, entry in enumerate(refcounts.table) if entry}
+    blocks.pop(0, None)
     seen: set[tuple[Kind, int]] = set()
     taken = dict.fromkeys(Kind, 0)
-    for reference in chain(structures(image, refcounts.table, image.crypto_header), mapping_tables(image, {}), others):
+    taken[Kind.REFCOUNTS], taken[Kind.L2_TABLES] = len(blocks), mapping.count()
+    for reference in chain(single_structures(image, image.crypto_header), mapping.roots, others):
         if reference.length > 0 and (reference.kind, reference.offset) not in seen:
             seen.add((reference.kind, reference.offset))
             taken[reference.kind] += geometry.clusters(reference.length)
     used = 0
-    blocks = {refcounts.block_offset(index): index for index in range(len(refcounts.table))}
-    for index in blocks.values():  # each block once, however many entries name it
+    for offset, index in blocks.items():  # each block once, however many entries name it
+        if image.file.is_hole(offset, geometry.cluster_size):
+            continue
         block = refcounts.read_block(index)
         if block is not None:
             used += used_clusters(block, geometry.refcount_order).count()

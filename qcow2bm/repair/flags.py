@@ -24,13 +24,13 @@ def copied(shop: Workshop) -> Iterator[Proposal]:
 
 
 def _correct(shop: Workshop) -> None:
-    size = shop.seen.geometry.l2_entry_size
     for finding in shop.found("copied-l1", "copied-l2"):
         place, values = finding.location.host_offset, finding.values
         assert place is not None, "findings about entries say where they are"
         if not shop.owns(place):
             continue
-        data = bytearray(shop.file.read_padded(place, 8 if "entries" not in values else size * values["entries"]))
+        size = 8 if finding.code == "copied-l1" else shop.seen.geometry.l2_entry_size
+        data = bytearray(shop.file.read_padded(place, size * values["entries"]))
         for at in range(0, len(data), size):  # the flag is the highest bit of an entry
             data[at] = data[at] | 0x80 if values["refcount"] == 1 else data[at] & 0x7F
         shop.write(place, bytes(data), f"{finding.location.structure}: entry {finding.location.index}")

@@ -27,8 +27,8 @@ _SEARCHED = 1 << 12
 """Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
 _L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
 _ODD = ("l1-entry-reserved", "l2-unaligned", "l2-outside", "l2-entry-reserved", "data-unaligned")
-_SPARE = 1 << 16
-"""Clusters beside twice the disk's that a file may grow to."""
+_SPARE = 1 << 12
+"""Clusters beside twice the disk's that a file may grow to: damage that asks for more is no reason to fill a disk."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
 """The problems of clusters with more uses than one."""
 _MOST_FINDINGS = 1 << 18
@@ -293,10 +293,12 @@ class Workshop:
         # What an entry names past the end of the file reads as zeroes: nothing else may come to lie there.
         while (stop := self._dangling.first_stop(first, first + count)) is not None:
             first = stop
-        most = 2 * geometry.clusters(geometry.virtual_size) + geometry.clusters(self.file.size) + _SPARE
+        # By the file as it was: measured by what it has become, there would be no end.
+        most = 2 * geometry.clusters(geometry.virtual_size) + geometry.clusters(self.file.base.size) + _SPARE
         if first + count > most:
             raise NoSpaceError(
-                "damaged entries name all the room behind the end of the file", hint="allow to give them up"
+                "damaged entries name or want more room behind the end of the file than the disk takes twice",
+                hint="allow to give them up",
             )
         return first
 

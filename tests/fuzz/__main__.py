@@ -10,25 +10,33 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.fuzz.running import CHANGING, MEMORY, READING, SECONDS, quiet_core_dumps, try_many
-from tests.support.bases import make_bases
-from tests.support.damage import Generator
+from tests.fuzz.running import (
+    CHANGING,
+    MEMORY,
+    READING,
+    SECONDS,
+    Material,
+    quiet_core_dumps,
+    remember_memory,
+    try_many,
+)
 from tests.support.figures import measured_with, write_figures
 
 _PORTION = 100
 
-_generator: Generator | None = None
+_material: Material | None = None
 
 
-def _set_up(generator: Generator) -> None:
-    global _generator  # noqa: PLW0603 - one for each worker process
-    _generator = generator
+def _set_up(material: Material) -> None:
+    global _material  # noqa: PLW0603 - one for each worker process
+    _material = material
     quiet_core_dumps()
+    remember_memory()
 
 
 def _portion(first: int, stop: int) -> list[str]:
-    assert _generator is not None
-    return try_many(_generator, range(first, stop))
+    assert _material is not None
+    return try_many(_material, range(first, stop))
 
 
 def main() -> int:
@@ -42,8 +50,8 @@ def main() -> int:
     bad: list[str] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        generator = Generator(make_bases(Path(folder)))
-        with ProcessPoolExecutor(wanted.workers, initializer=_set_up, initargs=(generator,)) as pool:
+        material = Material.make(Path(folder))
+        with ProcessPoolExecutor(wanted.workers, initializer=_set_up, initargs=(material,)) as pool:
             starts = range(wanted.first, end, _PORTION)
             for start, found in zip(
                 starts, pool.map(_portion, starts, [min(at + _PORTION, end) for at in starts]), strict=True
@@ -61,9 +69,10 @@ def main() -> int:
 
 def _table(images: int, bad: list[str]) -> str:
     return (
-        f"{images:,} images, one of {len(READING) + len(CHANGING)} commands on each: {len(bad)} with a traceback, an"
-        f" undocumented exit status, more than {SECONDS} s, more than {MEMORY >> 20} MiB, or a byte written by a"
-        f" command that reads. {measured_with()}"
+        f"{images:,} images, one of {len(READING) + len(CHANGING)} commands on each, or one that reads a hostile file"
+        f" beside a sound image: {len(bad)} with a traceback, an undocumented exit status, more than {SECONDS} s of"
+        f" work, more than {MEMORY >> 20} MiB and twice the metadata, or a byte written by a command that reads or"
+        f" fails. {measured_with()}"
     )
 
 

@@ -3,38 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 from ...format.entries import COPIED, L2Entry, l1_offset, table_entries
 from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
+_REMEMBERED = 1 << 12
+"""Refcounts of L2 tables."""
+
 
 def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
     geometry, root = view.geometry, view.roots[0]
-    span = geometry.l2_span
     done: set[int] = set()
+    pending: _Run | None = None
     l1_table = view.read_l1(root)
-    if not view.miscopied and view.census.copied_rightly(l1_table):
-        return
-    for index, entry in enumerate(l1_table):
+    refcount = lru_cache(_REMEMBERED)(view.stored.get)  # any number of entries may name one table
+    for index in view.census.doubtful_copied(l1_table, view.miscopied):
+        entry = l1_table[index]
         offset = l1_offset(entry)
-        stored = view.stored.get(geometry.cluster_of(offset)) if offset else None
+        stored = refcount(geometry.cluster_of(offset)) if offset else None
         if stored is None:
             continue
         if (stored == 1) != bool(entry & COPIED):
-            where = Location("active L1 table", root.offset + 8 * index, index, index * span, span)
-            flag = "set" if entry & COPIED else "clear"
-            text = f"the copied flag of L1 entry {index} is {flag}, its L2 table's refcount is {stored}"
-            cluster = geometry.cluster_of(offset)
-            yield found("copied-l1", text, where, index=index, entry=entry, refcount=stored, first=cluster)
+            last, pending = pending, _Run(root.offset + 8 * index, index, 1, entry, stored)
+            if view.as_qemu:
+                yield _of_l1(view, pending)
+                pending = None
+            elif last is not None and last.goes_on_with(pending, geometry.cluster_size):
+                pending = last._replace(length=last.length + 1)
+            elif last is not None:
+                yield _of_l1(view, last)
         if offset in view.miscopied and offset not in done:
             visits = view.miscopied[offset]
             each = view.says_at_every_visit(visits)
             if not each:
                 done.add(offset)
             yield from _table(view, offset, index, 1 if each else visits)
+    if pending is not None:
+        yield _of_l1(view, pending)
+
+
+class _Run(NamedTuple):
+    """L1 entries in a row, in one cluster, whose flags are wrong in the same way."""
+
+    place: int
+    first: int
+    length: int
+    entry: int
+    stored: int
+
+    def goes_on_with(self, other: _Run, cluster_size: int) -> bool:
+        same = self.stored == other.stored and not (self.entry ^ other.entry) & COPIED
+        return same and self.place + 8 * self.length == other.place and bool(other.place % cluster_size)
+
+
+def _of_l1(view: View, run: _Run) -> Finding:
+    geometry, span = view.geometry, view.geometry.l2_span
+    where = Location("active L1 table", run.place, run.first, run.first * span, run.length * span)
+    flag = "set" if run.entry & COPIED else "clear"
+    text = f"the copied flag of L1 entry {run.first} is {flag}, its L2 table's refcount is {run.stored}"
+    return found(
+        "copied-l1", text, where, count=run.length, index=run.first, entry=run.entry, refcount=run.stored,
+        first=geometry.cluster_of(l1_offset(run.entry)), entries=run.length,
+    )  # fmt: skip
 
 
 def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Finding]:

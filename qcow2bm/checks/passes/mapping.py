@@ -13,6 +13,7 @@ from ...format.entries import L1_RESERVED, L2Entry, l1_offset, table_entries
 from ...format.faults import Fault
 from ...format.header import Autoclear
 from ...format.limits import MAX_L1_ENTRIES
+from ...image.mapping_tables import room_for_l1_tables
 from ..census import Use
 from ..model import Finding, InQemu, Location
 from ..problems import found
@@ -53,7 +54,7 @@ def _roots(view: View) -> Iterator[Root]:
 
 def _bounded(view: View) -> Iterator[Finding]:
     """Leave out the tables after those that together are far larger than all that the file holds."""
-    room = view.file.present + MAX_L1_ENTRIES
+    room = view.file.present // 8 + room_for_l1_tables(root.entries for root in view.roots if root.fault is None)
     for index, root in enumerate(view.roots):
         if root.fault is None:
             room -= root.entries
