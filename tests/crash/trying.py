@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import count
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,16 +15,22 @@ from tests.crash.trial import Outcome, Trial, quiet
 FAILED = (1, 2, 4)
 """How a command may end that met a fault: 2 and 4 are of a repair that was refused on what it could not read."""
 
+EACH_OF = 200
+"""The first calls, of which each fails once."""
+
 
 def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> Outcome:
-    """Let the first call fail, then the second, and so on; `every` third one, say, to save time."""
+    """Let the first call fail, then the second, and so on; `every` third one, say, to save time.
+
+    After the first few hundred ever fewer: some commands make thousands of calls that are much alike.
+    """
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="fault-") as path:
         folder = Path(path)
         trial = Trial(folder, command, shape)
         trial.run()
         judge = trial.judge()
-        for number in count(0, every):
+        for number in _numbers(every):
             trial.before.write(folder)
             with (
                 failing(folder, fault, number) as stand_in,
@@ -39,6 +45,13 @@ def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> 
             if wrong is not None:
                 outcome.bad.append(f"{fault} at call {number}: {wrong}")
     return outcome
+
+
+def _numbers(every: int) -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += every * (1 + number // (every * EACH_OF))
 
 
 def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) -> str | None:
