@@ -31,9 +31,11 @@ coverage: tools dev ## the same with branch coverage, which takes half as long a
 bench: dev ## measure against qemu-img and rewrite docs/performance.md
 	$(BIN)/python -m benchmarks
 
-fuzz: tools dev ## the property tests with many more, random examples; every combination; 100,000 hostile images
-	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
+fuzz: tools dev $(VENV)/.fuzzer ## 100,000 hostile images, guided fuzzing, and every test with many more examples
 	$(BIN)/python -m tests.fuzz --images 100000
+	$(BIN)/python -m tests.fuzz.guided --seconds 600
+	MONSTERS=all $(BIN)/python -m pytest -n auto tests/interop/test_hostile_images.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property
 	MATRIX=all DAMAGE_ROUNDS=20 REPAIR_ROUNDS=20 QCOW2BM_ROUNDS=20 $(BIN)/python -m pytest -n auto tests/interop
 
 crash: tools dev ## every command cut short, met by failing calls and killed; rewrites the figures in docs/reliability.md
@@ -62,6 +64,11 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 $(VENV)/.developer: $(VENV)/.installed
 	@echo "Installing the developer tools into $(VENV)"
 	@$(PIP) install --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.fuzzer: $(VENV)/.developer
+	@echo "Installing the fuzzer into $(VENV)"
+	@$(PIP) install --editable '.[dev,fuzz]'
 	@touch $@
 
 # Debian packs the module that makes environments apart from Python itself; a half-made .venv must not stay behind.
