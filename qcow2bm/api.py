@@ -378,7 +378,8 @@ def undo(
             if use_locks:
                 take_locks(file, writable=True, force_share=False)
             is_journal = _are_same(file.journal, Path(undo_file))
-            if settle_interrupted(file, writable=True) and is_journal:
+            # By force the journal of an image that nothing has protected is put back, which settling it does not do.
+            if not (force and is_journal) and settle_interrupted(file, writable=True) and is_journal:
                 return  # a crash had cut the change short, and what settles that is the undo file by its other name
             with UndoFile(Path(undo_file)) as old:
                 old.restore(file, force=force)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,13 +40,53 @@ from ..format.text import decode_name
 from ..image.file import ImageFile
 from ..image.image import take_locks
 
+_PIECE = 1 << 16
+"""Bytes of a table that are read at once."""
+_AGAIN = 1 << 20
+"""Bytes of tables that are shown although others lie there too: a sound image has none, a hostile one any number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """Entries of a table as fields, those that are not zero. They stay numbers until asked for: there may be millions.
+
+    Attributes:
+        offset: of the table.
+        pieces: index of the first one and entries of each piece that is not all zeroes.
+    """
+
+    offset: int
+    pieces: tuple[tuple[int, array[int]], ...]
+
+    def __iter__(self) -> Iterator[Field]:
+        for first, values in self.pieces:
+            for index, value in enumerate(values, first):
+                if value:
+                    yield Field(f"[{index}]", self.offset + 8 * index, 8, value)
+
+    def __len__(self) -> int:
+        return sum(len(values) - values.count(0) for _, values in self.pieces)
+
+    @property
+    def largest(self) -> int:
+        """The largest entry, as a number."""
+        return max((max(values) for _, values in self.pieces), default=0)
+
+    @property
+    def last(self) -> int:
+        """The highest index."""
+        if not self.pieces:
+            return 0
+        first, values = self.pieces[-1]
+        return next(first + index for index in reversed(range(len(values))) if values[index])
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Fields that belong together: a header, an extension, an entry, a table."""
 
     title: str
-    fields: tuple[Field, ...]
+    fields: tuple[Field, ...] | Entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +132,7 @@ class RawImage:
         self.locked = locked
         self._file = file
         self._head = file.read_at(0, min(file.size, 1 << MAX_CLUSTER_BITS))
+        self._shown = _Shown()
 
     def require_qcow2(self) -> None:
         """Raise NotQcow2Error unless the file begins as a qcow2 image: fields of anything else would mislead."""
@@ -100,6 +143,7 @@ class RawImage:
         """One of STRUCTURES, as far as it can be read."""
         parts: list[Part] = []
         error: Qcow2bmError | None = None
+        self._shown = _Shown()
         try:
             with naming(self._file.path):
                 for part in STRUCTURES[name](self):
@@ -196,21 +240,54 @@ class RawImage:
 
     def _table(self, title: str, offset: int, entries: int, limit: int) -> Iterator[Part]:
         """A table of 64-bit entries, at most `limit`: those that are not zero, by their index."""
-        data = self._present(title, offset, 8 * entries, 8 * limit)
-        present = data[: len(data) // 8 * 8]
-        used = [(index, value) for index, value in enumerate(table_entries(present)) if value]
-        fields = tuple(Field(f"[{index}]", offset + 8 * index, 8, value) for index, value in used)
-        yield Part(f"{title} at {offset:#x}: {len(used)} of {entries} entries used", fields)
-        if len(present) < 8 * entries:
+        size = self._within(title, offset, 8 * entries, 8 * limit) // 8 * 8
+        fields = Entries(offset, tuple(self._pieces(title, offset, size)))
+        yield Part(f"{title} at {offset:#x}: {len(fields)} of {entries} entries used", fields)
+        if size < 8 * entries:
             raise TruncatedImageError(f"the file ends within {title}")
+
+    def _pieces(self, title: str, start: int, size: int) -> Iterator[tuple[int, array[int]]]:
+        """Indices and entries of a table where it is not zero. Holes are not read: a file may be exabytes of them."""
+        at = start
+        while at < start + size and (at := self._file.next_data(at)) < start + size:
+            at -= (at - start) % 8
+            data = self._file.read_at(at, min(_PIECE, start + size - at))
+            if data.count(0) < len(data):
+                self._shown.add(at, at + len(data))
+                if self._shown.again > _AGAIN:
+                    raise CorruptImageError(f"{title} at {start:#x} and others before it lie in the same place")
+                yield (at - start) // 8, table_entries(data)
+            at += len(data)
 
     def _present(self, what: str, offset: int, length: int, limit: int) -> bytes:
         """What the file has of a range."""
+        present = self._within(what, offset, length, limit)
+        return self._file.read_at(offset, present) if present else b""
+
+    def _within(self, what: str, offset: int, length: int, limit: int) -> int:
+        """How many bytes of a range the file has."""
         if length > limit:
             raise CorruptImageError(f"{what} would have {length} bytes, above {limit}")
         if offset >= self._file.size and length:
             raise TruncatedImageError(f"{what} at {offset:#x} lies outside the file of {self._file.size} bytes")
-        return self._file.read_at(offset, min(length, self._file.size - offset)) if length else b""
+        return max(0, min(length, self._file.size - offset))
+
+
+class _Shown:
+    """Ranges of the file that have been shown, and how many bytes more than once (`again`)."""
+
+    def __init__(self) -> None:
+        self.again = 0
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, start: int, end: int) -> None:
+        """Take one more; those that touch become one, so that the lists stay short."""
+        touched = slice(bisect_left(self._ends, start), bisect_right(self._starts, end))
+        others = list(zip(self._starts[touched], self._ends[touched], strict=True))
+        self.again += sum(min(end, stop) - max(start, begin) for begin, stop in others)
+        self._starts[touched] = [min(start, *(begin for begin, _ in others))] if others else [start]
+        self._ends[touched] = [max(end, *(stop for _, stop in others))] if others else [end]
 
 
 STRUCTURES: dict[str, Callable[[RawImage], Iterator[Part]]] = {

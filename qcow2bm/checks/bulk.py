@@ -11,7 +11,7 @@ so far out that no image with so few tables should have it. Counters widen when 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -135,14 +135,18 @@ class BulkCensus(Census):
         self._counts[Use.STRUCTURE].add_each(places, 1, ascending=True)
         return True
 
-    def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterable[int]:
+    def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterator[tuple[int, int]]:
         values = np.frombuffer(l1_table, np.uint64)
         used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
         entries = _Entries(values[used], None, self.geometry)
         wrong = used[self._miscopied(entries.values, entries.clusters)]
         named = used[np.isin(entries.offsets, np.fromiter(tables, np.uint64, len(tables)))]
-        found: list[int] = np.union1d(wrong, named).tolist()
-        return found
+        found = np.union1d(wrong, named)
+        chosen = values[found]
+        edges = np.flatnonzero((np.diff(found) != 1) | (chosen[1:] != chosen[:-1])) + 1
+        for start, stop in pairwise([0, *edges.tolist(), found.size]):
+            if stop > start:
+                yield int(found[start]), int(found[stop - 1]) + 1
 
     def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
         if self.data_file or not all(map(self.stored.is_readable, self.stored.indices())):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ..format.entries import COPIED, L2Entry
+from ..format.entries import COPIED, L2Entry, equal_entries
 from ..format.geometry import Geometry
 from .stored import StoredRefcounts
 
@@ -168,9 +168,16 @@ class Census(ABC):
         """
         return not offsets
 
-    def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterable[int]:  # noqa: ARG002
-        """Indices of L1 entries whose copied flag may be wrong, or that name one of these L2 tables; may say more."""
-        return range(len(l1_table)) if any(l1_table) else ()
+    def doubtful_copied(
+        self,
+        l1_table: array[int],
+        tables: Collection[int],  # noqa: ARG002
+    ) -> Iterator[tuple[int, int]]:
+        """L1 entries whose copied flag may be wrong, or that name one of these L2 tables; may say more.
+
+        As ranges of indices; all entries of a range are the same.
+        """
+        return ((start, stop) for entry, start, stop in equal_entries(l1_table) if entry)
 
     def miscopied(self, values: array[int]) -> Iterator[int]:
         """Indices of the entries of an L2 table whose copied flag contradicts the refcount, where that is known."""

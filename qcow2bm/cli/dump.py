@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from itertools import islice
 from typing import Annotated
 
 import typer
 
-from ..bitmap.structures import STRUCTURES, Part, Structure, raw_image
+from ..bitmap.structures import STRUCTURES, Entries, Part, Structure, raw_image
 from ..errors import CorruptImageError
 from ..format.layout import Field
 from .failures import BROKEN_BITMAP, worst
 from .meanings import meaning, shown
 from .options import ForceShareOption, ImageArgument, OutputOption
-from .output import JsonObject, Output, complain, print_json, warn
+from .output import FORMAT_VERSION, Output, complain, warn
 from .reading import warn_unlocked
 from .terminal import painted, printable
+
+_AT_ONCE = 1000
+"""Lines of text, or fields, that are written at once."""
 
 
 class Name(StrEnum):
@@ -56,10 +62,7 @@ def dump(
             warn_unlocked(image)
         found = [raw.read(name) for name in structure or STRUCTURES]
     status = worst(map(_status, found))
-    if output is Output.JSON:
-        print_json({"image": str(image), "structures": [_json(item) for item in found]})
-    else:
-        _print(found)
+    _write(_json(str(image), found) if output is Output.JSON else _text(found))
     # A fault of the header is in the way of everything behind it; it is told once.
     for error in {str(item.error): item.error for item in found}.values():
         if error is not None:
@@ -74,42 +77,77 @@ def _status(item: Structure) -> int:
     return BROKEN_BITMAP if of_bitmaps else item.error.exit_status
 
 
-def _print(found: Sequence[Structure]) -> None:
+def _write(pieces: Iterator[str]) -> None:
+    """Write text as it comes, in pieces that are worth a call: of one structure there may be millions of fields."""
+    while some := "".join(islice(pieces, _AT_ONCE)):
+        sys.stdout.write(some)
+
+
+def _text(found: Sequence[Structure]) -> Iterator[str]:
     separator = ""
     for item in found:
         for part in item.parts:
-            print(f"{separator}{painted(printable(part.title), 'bold')}")
-            _print_fields(item.name, part)
+            yield f"{separator}{painted(printable(part.title), 'bold')}\n"
+            yield from _field_lines(item.name, part)
             separator = "\n"
 
 
-def _print_fields(structure: str, part: Part) -> None:
+def _field_lines(structure: str, part: Part) -> Iterator[str]:
     """Offset, bytes, name, value, meaning. Names and values line up within a part."""
-    names = max((len(field.name) for field in part.fields), default=0)
-    values = max((len(shown(field)) for field in part.fields if isinstance(field.value, int)), default=0)
+    names, values = _widths(part.fields)
     for field in part.fields:
         line = f"  {field.offset:#012x}  {field.length:>4}  {field.name:<{names}}  {shown(field):<{values}}"
-        print(f"{line}  {printable(meaning(structure, field))}".rstrip())
+        yield f"{line}  {printable(meaning(structure, field))}".rstrip() + "\n"
 
 
-def _json(item: Structure) -> JsonObject:
-    return {
-        "structure": item.name,
-        "error": None if item.error is None else item.error.message,
-        "parts": [
-            {"title": part.title, "fields": [_field(item.name, field) for field in part.fields]} for part in item.parts
-        ],
-    }
+def _widths(fields: Sequence[Field] | Entries) -> tuple[int, int]:
+    """Characters of the longest name and of the longest value."""
+    if isinstance(fields, Entries):
+        return len(f"[{fields.last}]"), len(f"{fields.largest:#x}")
+    values = (len(shown(field)) for field in fields if isinstance(field.value, int))
+    return max((len(field.name) for field in fields), default=0), max(values, default=0)
 
 
-def _field(structure: str, field: Field) -> JsonObject:
+# JSON in pieces, laid out as `print_json` does it
+
+
+def _json(image: str, found: Sequence[Structure]) -> Iterator[str]:
+    head = json.dumps({"format-version": FORMAT_VERSION, "image": image}, indent=2)
+    yield f'{head[:-2]},\n  "structures": '
+    yield from _array(4, map(_structure_json, found))
+    yield "\n}\n"
+
+
+def _array(indent: int, members: Iterable[Iterable[str]]) -> Iterator[str]:
+    """An array whose members come in pieces, each member on lines of its own."""
+    margin = "\n" + indent * " "
+    separator = "["
+    for member in members:
+        yield separator + margin
+        yield from member
+        separator = ","
+    yield "[]" if separator == "[" else f"{margin[:-2]}]"
+
+
+def _structure_json(item: Structure) -> Iterator[str]:
+    error = None if item.error is None else item.error.message
+    yield f'{{\n      "structure": {json.dumps(item.name)},\n      "error": {json.dumps(error)},\n      "parts": '
+    yield from _array(8, (_part_json(item.name, part) for part in item.parts))
+    yield "\n    }"
+
+
+def _part_json(structure: str, part: Part) -> Iterator[str]:
+    yield f'{{\n          "title": {json.dumps(part.title)},\n          "fields": '
+    yield from _array(12, ((_field_json(structure, field),) for field in part.fields))
+    yield "\n        }"
+
+
+def _field_json(structure: str, field: Field) -> str:
     """Bytes are hexadecimal digits."""
-    value = field.value.hex() if isinstance(field.value, bytes) else field.value
+    value = f'"{field.value.hex()}"' if isinstance(field.value, bytes) else field.value
     text = meaning(structure, field)
-    return {
-        "name": field.name,
-        "offset": field.offset,
-        "length": field.length,
-        "value": value,
-        **({"meaning": text} if text else {}),
-    }
+    said = f',\n              "meaning": {json.dumps(text)}' if text else ""
+    return (
+        f'{{\n              "name": {json.dumps(field.name)},\n              "offset": {field.offset},\n'
+        f'              "length": {field.length},\n              "value": {value}{said}\n            }}'
+    )

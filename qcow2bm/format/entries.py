@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 
 from bitarray import bitarray
 from bitarray.util import ones
@@ -53,6 +54,14 @@ def table_entries(data: bytes) -> array[int]:
 def table_bytes(entries: array[int]) -> bytes:
     """The table of 64-bit big-endian entries."""
     return _big_endian(entries, "Q").tobytes()
+
+
+def equal_entries(table: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+    """Entries in a row that are the same: their value, the index of the first, and of the one behind the last."""
+    stop = 0
+    for value, group in groupby(table):
+        start, stop = stop, stop + sum(1 for _ in group)
+        yield value, start, stop
 
 
 class ClusterKind(Enum):

@@ -85,6 +85,8 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
             raise UsageError("the image is open read-only", hint="open it with writable=True")
         _require_as_planned(file, plan)
         _require_space(file, plan)
+        if undo is not None and undo.parent.resolve() / undo.name == file.journal:
+            raise UndoError(f"{undo} is the name of the image's journal", hint="give the undo file another one")
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
         with FollowingFile(plan.data_file) as data_file:

@@ -83,6 +83,17 @@ class ImageFile:
         return real.with_name(real.name + _JOURNAL_SUFFIX)
 
     @property
+    def has_journal(self) -> bool:
+        """True if there is one. There is none where its name would be too long."""
+        try:
+            self.journal.lstat()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return False
+            raise
+        return True
+
+    @property
     def present(self) -> int:
         """Bytes that the file takes on the disk, of a device all: what it can hold, whatever its size claims."""
         return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512

@@ -202,15 +202,17 @@ def settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
         InterruptedChangeError: there is a journal, and the image is open read-only.
         UndoError: the journal is damaged, or the image is not as the crash left it.
     """
-    if not file.journal.exists():
+    if not file.has_journal:
         return False
+    from .undo import has_torn, settle_journal  # rarely needed, and its structures take time to declare
+
     if not writable:
+        if not has_torn(file):
+            return False
         raise InterruptedChangeError(
             f"a change was cut short by a crash: there is a journal {file.journal}",
             hint="the next command that opens the image for writing settles it",
         )
-    from .undo import settle_journal  # rarely needed, and its structures take time to declare
-
     return settle_journal(file)
 
 

@@ -7,7 +7,7 @@ really there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import RUN_CHECK, CorruptImageError
@@ -74,7 +74,7 @@ def read_l2(image: Qcow2Image, offset: int) -> bytes:
     return image.file.read_at(offset, image.geometry.cluster_size)
 
 
-def tables_in_a_row(offsets: list[int], size: int) -> Iterator[list[int]]:
+def tables_in_a_row(offsets: Iterable[int], size: int) -> Iterator[list[int]]:
     """Offsets of tables of `size` bytes in groups that lie in a row in the file, to be read at once: a MiB at most."""
     group: list[int] = []
     for offset in offsets:

@@ -21,6 +21,8 @@ from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
 _PAGE = 4096
 _IN_MEMORY = 32 << 20
+_LENGTH = 8
+_MARK = slice(INCOMPATIBLE_FIELD, INCOMPATIBLE_FIELD + _LENGTH)
 """Bytes of changed pages that are held in memory; the rest goes to a temporary file."""
 
 
@@ -144,17 +146,24 @@ class OverlayFile(ImageFile):
     # The plan
 
     def plan(
-        self, image: Qcow2Image, fresh: Collection[int], summary: tuple[str, ...], kept: tuple[Kept, ...] = ()
+        self,
+        image: Qcow2Image,
+        fresh: Collection[int],
+        summary: tuple[str, ...],
+        kept: tuple[Kept, ...] = (),
+        *,
+        journaled: bool = True,
     ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
 
-        The first cluster is written last. Until then the corrupt bit keeps QEMU from writing to an image that a crash
-        has caught half-way.
+        The first cluster is written last. Unless one sector holds it all, the corrupt bit keeps QEMU meanwhile from
+        writing to an image that a crash has caught half-way.
 
         Args:
             image: the image as it is in the base.
             fresh: numbers of the clusters that were free and have been filled.
             kept: ranges of the base that the undo file is to keep.
+            journaled: False where a change that is torn does no harm and there is no place for a journal.
         """
         size = image.geometry.cluster_size
         header: list[Write] = []
@@ -177,7 +186,9 @@ class OverlayFile(ImageFile):
             Stage("write the header", tuple(header), journaled=True),
         ]
         stages = [stage for stage in stages if stage.writes]
-        if len(stages) > 1 or (header and not fits_a_sector(header)):
+        if not journaled or fits_a_sector(write for stage in stages for write in stage.writes):
+            stages = [replace(stage, atomic=stage.fits_a_sector, journaled=False) for stage in stages]
+        else:
             stages = _marked(image, stages)
         return Plan(
             size, self.base.size, self.size, tuple(stages), max(0, len(stages) - 1), summary=summary, kept=kept
@@ -252,20 +263,32 @@ class OverlayFile(ImageFile):
 
 
 def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
-    """The stages, with the corrupt bit set before the first; the last clears it, with all else in the header."""
-    features = image.header.incompatible_features
-    if image.header.version < 3 or features & Incompatible.CORRUPT:
+    """The stages between one that sets the corrupt bit and one that clears it, each of a single sector.
+
+    By that bit whoever finds the journal knows that nobody has used the image since, so it must not be clear while
+    anything is torn. What an image that was marked already is to keep stays.
+    """
+    if image.header.version < 3:
         return stages
-    field, length = INCOMPATIBLE_FIELD, 8
-    plain, marked = (int(value).to_bytes(length, "big") for value in (features, features | Incompatible.CORRUPT))
-    text = "header: the corrupt bit keeps QEMU out meanwhile"
-    first = Stage(text, (Write.replace(field, plain, marked, text),), atomic=True, journaled=True)
+    before = int(image.header.incompatible_features)
     *others, last = stages
-    if last.writes[0].offset != 0:
-        others.append(last)
-        restored = Write.replace(field, marked, plain, "header: the corrupt bit is cleared again")
-        return [first, *others, Stage("clear the corrupt bit", (restored,), atomic=True, journaled=True)]
+    after, meanwhile = before, (before | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
     write, *more = last.writes
-    old = bytearray(write.old or b"")
-    old[field : field + length] = marked
-    return [first, *others, replace(last, writes=(replace(write, old=bytes(old)), *more))]
+    if write.offset == 0:
+        old, new = bytearray(write.old or b""), bytearray(write.read())
+        after = int.from_bytes(new[_MARK], "big")
+        old[_MARK], new[_MARK] = meanwhile, (after | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
+        changed = [Write.replace(0, bytes(old), bytes(new), write.purpose)] if old != new else []
+        meanwhile, last = bytes(new[_MARK]), replace(last, writes=(*changed, *more))
+    stages = [*others, *([last] if last.writes else [])]
+    text = "header: the corrupt bit keeps QEMU out meanwhile"
+    if not before & Incompatible.CORRUPT:
+        stages.insert(0, _one_field(text, before, before | Incompatible.CORRUPT))
+    if not after & Incompatible.CORRUPT:
+        stages.append(_one_field("header: the corrupt bit is cleared again", after | Incompatible.CORRUPT, after))
+    return stages
+
+
+def _one_field(text: str, old: int, new: int) -> Stage:
+    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(_LENGTH, "big"), new.to_bytes(_LENGTH, "big"), text)
+    return Stage(text, (write,), atomic=True, journaled=True)

@@ -6,7 +6,8 @@ that a crash on the way leaves no more than leaked clusters, and the same comman
 
 A journal is the same file for the few stages that a crash could tear. Whoever opens the image for writing next settles
 it: what was torn is rolled back, what was finished is kept. Where all stages are journaled, the user's undo file is the
-journal, by a second name beside the image.
+journal, by a second name beside the image. Meanwhile the corrupt bit is set, which keeps QEMU from writing. It is what
+tells a torn image from one that somebody has mended, replaced or used since: where it is clear nothing is rolled back.
 
 An external data file is no part of it; how the change left that is noted (`undo_data_file.py`), and looked at.
 
@@ -27,7 +28,7 @@ from ..errors import UndoError, from_os_error
 from .file import ImageFile
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
-from .undo_standing import Since, Standing, fills, is_own_work, pieces, since, standing
+from .undo_standing import Since, Standing, fills, is_marked, is_own_work, marks, pieces, since, standing
 from .undo_writer import drop, second_copy, second_name, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"
@@ -56,8 +57,9 @@ class UndoFile(UndoReader):
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         require_restorable(self, image, force=force)
+        is_known = is_marked(image) or since(self, image) is Since.NOTHING
         with self._journaled(image):
-            self._put_back(image)
+            self._put_back(image, stamp=is_known)
             self._set_state(State.UNDONE)
 
     @contextlib.contextmanager
@@ -69,10 +71,9 @@ class UndoFile(UndoReader):
             yield
             return
         # As long as it says "complete" a journal does nothing, so it may be there before the undoing begins.
-        if second_name(self.path, journal):
-            self._set_state(State.IN_PROGRESS)
-        else:
-            self._set_state(State.IN_PROGRESS)
+        named = (image.has_journal and journal.samefile(self.path)) or second_name(self.path, journal)
+        self._set_state(State.IN_PROGRESS)
+        if not named:
             second_copy(self._fd, journal, os.fstat(image.fd).st_mode & 0o666)
         yield
         drop(journal)
@@ -83,26 +84,15 @@ class UndoFile(UndoReader):
         Raises:
             UndoError: the journal is damaged, or the image is not as the crash left it.
         """
-        if self.state is not State.IN_PROGRESS:
+        if not is_torn(self, image):
+            if self.state is State.IN_PROGRESS and self.mtime_ns and standing(self, image).finished:
+                self._set_state(State.COMPLETE)  # the change was done long ago, and its undoing had not begun
             return False
-        found = standing(self, image)
-        if found.finished:
-            if self.mtime_ns:  # the change was done long ago, and its undoing had not begun
-                self._set_state(State.COMPLETE)
-            return False
-        if found.untouched:
-            # Nothing refers to a free cluster that was filled; but what somebody else has put there since is his.
-            changed, ours = fills(self, image)
-            if not (changed and ours):
-                return False
-        else:
-            _require_familiar(self, found)
-            _require_own_work(self, image)
-        self._put_back(image)
+        self._put_back(image, stamp=is_marked(image))
         self._set_state(State.UNDONE)
         return True
 
-    def _put_back(self, image: ImageFile) -> None:
+    def _put_back(self, image: ImageFile, *, stamp: bool) -> None:
         for stage in sorted({record.stage for record in self.records}, reverse=True):
             for record in reversed(self.records):
                 if record.stage == stage:
@@ -111,10 +101,11 @@ class UndoFile(UndoReader):
         if image.size > self.size_before and not image.is_device:
             image.truncate(self.size_before)
             image.barrier()
-        # With the bytes of then goes the time stamp of then, by which an older undo file knows the image. Only the
-        # file's owner may set it; for others an older undo file needs --force.
-        with contextlib.suppress(PermissionError):
-            os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
+        # With the bytes of then goes the time stamp of then, by which an older undo file knows the image; but never
+        # over the traces of a guest. Only the file's owner may set it; for others an older undo file needs --force.
+        if stamp:
+            with contextlib.suppress(PermissionError):
+                os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
 
     def _put_back_one(self, image: ImageFile, record: Record) -> None:
         for start, stop in pieces(record.offset, min(record.end, self.size_before)):
@@ -126,6 +117,35 @@ class UndoFile(UndoReader):
     def _set_state(self, state: State) -> None:
         self._summary = replace(self._summary, state=state)
         write_summary(self._fd, self._summary)
+
+
+def is_torn(journal: UndoReader, image: ImageFile) -> bool:
+    """True if a crash has left what the journal must put back.
+
+    False for an image that the change did not reach, one where it was finished, and one that has been mended, replaced
+    or used since: without the corrupt bit there is nothing left of the change to be put back.
+
+    Raises:
+        UndoError: the journal is damaged, or nobody can tell.
+    """
+    if journal.state is not State.IN_PROGRESS:
+        return False
+    found, marked = standing(journal, image), is_marked(image)
+    if found.finished or (marks(journal) and not marked):
+        return False
+    if found.untouched:
+        # Nothing refers to a free cluster that was filled; but what somebody else has put there since is his.
+        changed, ours = fills(journal, image)
+        return changed and ours
+    if not marked:
+        raise UndoError(
+            f"a change was cut short by a crash, and nothing has kept others from the image since: see {journal.path}",
+            hint="`qcow2bm undo --force` with that file puts the old bytes back if nobody has used the image; "
+            "else move the file away and check the image",
+        )
+    _require_familiar(journal, found)
+    _require_own_work(journal, image)
+    return True
 
 
 def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = False) -> None:
@@ -153,6 +173,12 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, *, force: bool) -> 
     happened = since(undo, image)
     if happened is Since.CHANGED:
         raise UndoError(_CHANGED, hint="nothing was put back")
+    if happened is Since.UNKNOWN and not force:
+        raise UndoError(
+            "nothing tells whether the image was used since the undo file was made: no time stamp shows what is written"
+            " to a device or to a data file",
+            hint="guest data may be newer; use --force if you know that nothing has used the image",
+        )
     if happened is Since.TOUCHED and not force:
         raise UndoError(
             "the image was written to since the undo file was made, though the places it knows are unchanged",
@@ -166,11 +192,10 @@ def _require_half_way(undo: UndoReader, image: ImageFile, *, force: bool) -> Non
     _require_familiar(undo, found)
     if not force:
         _require_own_work(undo, image)
-    # Cut short after its last byte: the image may have been used since, and nobody has noted its time stamp. A device
-    # has none that would tell, and undoing is the only way to settle what a crash left there.
-    if found.finished and not found.untouched and not (undo.mtime_ns or image.is_device or force):
+    # Only the corrupt bit would have kept others out, and nobody has noted the time stamp that the crash left.
+    if not (found.untouched or is_marked(image) or force):
         raise UndoError(
-            "the change was done, but a crash kept that from being noted, so nobody knows what was written since",
+            "a crash came before the end was noted, so nobody knows what was written since",
             hint="guest data may be newer; use --force if you know that nothing has used the image",
         )
 
@@ -196,8 +221,7 @@ def settle_journal(image: ImageFile) -> bool:
     Raises:
         UndoError: the journal is damaged, or the image is not as the crash left it.
     """
-    path = image.journal
-    rolled_back = False
+    path, rolled_back = image.journal, False
     try:
         if UndoFile.was_begun(path):
             with UndoFile(path) as journal:
@@ -206,3 +230,14 @@ def settle_journal(image: ImageFile) -> bool:
     except OSError as error:
         raise from_os_error(error, path) from error
     return rolled_back
+
+
+def has_torn(image: ImageFile) -> bool:
+    """True if a crash has left an image that no reader can make sense of, until `settle_journal` has put it right."""
+    try:
+        if not UndoReader.was_begun(image.journal):
+            return False
+        with UndoReader(image.journal) as journal:
+            return is_torn(journal, image)
+    except (OSError, UndoError):
+        return True

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from ..format.header import INCOMPATIBLE_FIELD, MAGIC, Incompatible
 from .file import ImageFile
+from .plan import SECTOR
 from .undo_layout import State, crc
 from .undo_reader import Record, UndoReader
 from .undo_writer import seen
@@ -21,6 +23,7 @@ from .undo_writer import seen
 _WINDOW = 64 << 10
 """Bytes of the image that are compared at a time."""
 _PIECE = 1 << 20
+_MARK = slice(INCOMPATIBLE_FIELD, INCOMPATIBLE_FIELD + 8)
 
 
 class Since(Enum):
@@ -32,7 +35,7 @@ class Since(Enum):
     CHANGED = "changed"
     """What the change wrote is no longer there."""
     UNKNOWN = "unknown"
-    """What the change wrote is still there; there is no time stamp that tells of other writes, as for a device."""
+    """What the change wrote is still there; no time stamp tells of other writes, as of a device or to a data file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,32 @@ def since(undo: UndoReader, image: ImageFile) -> Since:
         return Since.CHANGED
     if image.is_device or not undo.mtime_ns:
         return Since.UNKNOWN
+    if _features(image) & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
+        return Since.UNKNOWN  # the guest writes to another file
     return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
+
+
+def is_marked(image: ImageFile) -> bool:
+    """True if the corrupt bit is set: then QEMU cannot have written to the image since."""
+    return bool(_features(image) & Incompatible.CORRUPT)
+
+
+def marks(undo: UndoReader) -> bool:
+    """True if the corrupt bit is set while the change is under way, and clear before it or after."""
+    start, stop = _MARK.start, _MARK.stop
+    over = (record for record in undo.records if record.new_at and record.offset <= start and stop <= record.end)
+    return any(_corrupt(undo.old(record, start, stop)) != _corrupt(undo.new(record, start, stop)) for record in over)
+
+
+def _features(image: ImageFile) -> int:
+    """The incompatible features, none of what is no image of version 3."""
+    head = image.read_padded(0, _MARK.stop)
+    known = head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 3
+    return int.from_bytes(head[_MARK], "big") if known else 0
+
+
+def _corrupt(features: bytes) -> int:
+    return int.from_bytes(features, "big") & Incompatible.CORRUPT
 
 
 def fills(undo: UndoReader, image: ImageFile) -> tuple[bool, bool]:
@@ -89,12 +117,16 @@ def fills(undo: UndoReader, image: ImageFile) -> tuple[bool, bool]:
 
 
 def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
-    """False if free clusters hold what the change cannot have left there: somebody has used the image since.
+    """False if the image holds what the change cannot have left there: somebody has used it since.
 
-    A barrier follows every stage. As far as a later one has begun, the clusters of those before it are filled; those of
-    the stage itself are as before or filled. The same refcount may have been written by somebody else.
+    A barrier follows every stage. As far as a later one has begun, those before it are complete; the clusters of the
+    stage itself are as before or filled. The same refcount may have been written by somebody else.
     """
     reached = max((record.stage for record in undo.records if _has_begun(undo, image, record)), default=-1)
+    # The first sector is written more than once, and so not by every stage as that has left it.
+    rewrites = (record for record in undo.records if record.new_at and record.offset >= SECTOR)
+    if not all(_is_rewritten(undo, image, record) for record in rewrites if record.stage < reached):
+        return False
     return all(
         _is_as_filled(image, record) or (record.stage == reached and _is_as_before(undo, image, record))
         for record in undo.records
@@ -112,6 +144,11 @@ def _has_begun(undo: UndoReader, image: ImageFile, record: Record) -> bool:
         if now != old and any(a == b != c for a, b, c in zip(now, new, old, strict=True)):
             return True
     return False
+
+
+def _is_rewritten(undo: UndoReader, image: ImageFile, record: Record) -> bool:
+    parts = pieces(record.offset, record.end)
+    return all(undo.new(record, start, stop) == image.read_padded(start, stop - start) for start, stop in parts)
 
 
 def _is_as_filled(image: ImageFile, record: Record) -> bool:

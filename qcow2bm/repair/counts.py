@@ -43,7 +43,8 @@ def structures(shop: Workshop) -> Iterator[Proposal]:
         step = Step("start a new refcount table", RepairClass.LOSSLESS, Scope.REFCOUNTS, codes)
         yield step, partial(_Table(shop).replace, 0)
     elif blocks:
-        title = f"drop {len(blocks)} damaged refcount blocks: the references say what they counted"
+        count = sum(finding.count for finding in blocks)
+        title = f"drop {count} damaged refcount blocks: the references say what they counted"
         yield Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, codes), partial(_drop_blocks, shop, blocks)
 
 
@@ -56,9 +57,9 @@ def _owns_table(shop: Workshop) -> bool:
 
 def _drop_blocks(shop: Workshop, found: list[Finding]) -> None:
     start = shop.image.header.refcount_table_offset
-    for index in sorted({finding.values["index"] for finding in found}):
-        shop.write(start + 8 * index, bytes(8), f"refcount table: entry {index}")
-        shop.uncounted.add(index)
+    for first, entries in sorted({(finding.values["index"], finding.values["entries"]) for finding in found}):
+        shop.write(start + 8 * first, bytes(8 * entries), f"refcount table: entry {first}")
+        shop.uncounted.update(range(first, first + entries))
 
 
 def raised(shop: Workshop) -> Iterator[Proposal]:

@@ -143,11 +143,11 @@ class NewMapping:
 
     def _drop_tables(self, l1_table: array[int], first: int) -> None:
         """Drop the tables from an L1 entry on, with all that they refer to."""
-        offsets = [l1_offset(value) for value in l1_table[first:] if value]
+        offsets = array("Q", filter(None, map(l1_offset, l1_table[first:])))  # there may be millions
         l1_table[first:] = array("Q", bytes(8 * (len(l1_table) - first)))
-        if any(offsets):
+        if offsets:
             self.lowering()  # looks at the whole image first: the tables may be nonsense
-        for group in tables_in_a_row([offset for offset in offsets if offset], self.geometry.cluster_size):
+        for group in tables_in_a_row(offsets, self.geometry.cluster_size):
             length = len(group) * self.geometry.cluster_size
             for offset in group:
                 self.lowering().drop_one(self.geometry.cluster_of(offset))

@@ -115,8 +115,10 @@ def _leaky(image: Path, _shape: Shape) -> None:
 
 
 def _too_low(image: Path, _shape: Shape) -> None:
-    """The clusters of bitmap tables and of the L1 table have lost their refcounts."""
+    """The clusters of bitmap tables and of the L1 table have lost their refcounts, and an L1 entry its flag."""
     raw = Raw.load(image)
+    entry = next(at for at in count(raw.number(40), 8) if raw.number(at))
+    raw.put(entry, raw.number(entry) & OFFSET)
     for offset in (*(table for table, _ in raw.tables().values()), raw.number(40)):
         raw.set_refcount(offset, 0)
     raw.save(image)
@@ -232,8 +234,8 @@ COMMANDS = (
     Command("grow, tail dirty, with undo", "resize {image} +1M --dirty-tail --undo {undo}", fits=_has_no_data_file),
     Command("shrink", "resize {image} -512k --shrink", fits=_has_no_data_file),
     Command("shrink to little", "resize {image} 64k --shrink --undo {undo}", fits=_has_no_data_file),
-    Command("undo", "undo {image} {undo}", _undoable),
-    Command("undo of a repair", "undo {image} {undo}", _repaired),
+    Command("undo", "undo {image} {undo} --force", _undoable),
+    Command("undo of a repair", "undo {image} {undo} --force", _repaired),
     Command("after a crash", "repair {image} --yes --no-undo", _cut_short, status=(0, 3)),
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),

@@ -11,7 +11,8 @@ from qcow2bm.errors import Qcow2bmError
 from qcow2bm.format.header import Autoclear
 from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import settle_interrupted
-from tests.support.qemu import check, guest_digest, read_bitmaps
+from tests.support.qemu import QemuError, check, guest_digest, qemu_io, read_bitmaps
+from tests.support.raw import Raw
 from tests.support.states import Bitmaps, bitmaps
 
 SOUND = (0, 3)
@@ -126,4 +127,26 @@ class Judge:
             return "QEMU reads other bits"
         if guest_digest(self._image, self._secret) not in (self._old.read, self.new.read):
             return "QEMU reads another disk"
+        return None
+
+    def verdict_with_a_vm(self) -> str | None:
+        """What is wrong if a VM uses what the power cut has left, before the next command of ours comes.
+
+        QEMU must refuse it by the corrupt bit, or the next command must leave what the guest has made of it.
+        """
+        try:
+            qemu_io(self._image, "write -P 119 32k 4k", secret=self._secret)
+        except QemuError as error:
+            refuses = Raw.load(self._image).number(72) & 2 or _REFUSED in (self._old.status, self.new.status)
+            return None if refuses else f"a VM does not start: {error}"
+        try:
+            used = Truth.of(self._image, self._secret, by_qemu=True)
+            settle(self._image)
+            found = Truth.of(self._image, self._secret, by_qemu=True)
+        except Qcow2bmError as error:
+            return f"cannot be opened after a VM has used it: {error}"
+        if found != used:
+            return "the next command changes what a VM has left"
+        if not self._old.damage and found.status not in SOUND:
+            return f"qemu-img check ends with {found.status} after a VM has used it"
         return None

@@ -6,6 +6,7 @@ import random
 import tempfile
 import zlib
 from collections.abc import Callable
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 from tests.crash.choosing import Choose
@@ -17,7 +18,9 @@ from tests.crash.shapes import Shape
 from tests.crash.trial import Outcome, Trial
 
 _BY_QEMU = 25
-"""Of so many states one is read by QEMU bit by bit as well."""
+"""Of so many states one is read by QEMU bit by bit as well, and another one used by a VM."""
+_WITH_A_JOURNAL = 4
+"""Of so many states with a journal one is used by a VM."""
 
 
 def replay(
@@ -48,7 +51,7 @@ def replay(
 
 def _judged(judge: Judge, folder: Path, found: list[State]) -> Outcome:
     """Judge those that look different."""
-    outcome, seen = Outcome(), set[int]()
+    outcome, seen, journals = Outcome(), set[int](), 0
     for state in found:
         remains = state.folder
         key = hash(remains.key)
@@ -59,6 +62,12 @@ def _judged(judge: Judge, folder: Path, found: list[State]) -> Outcome:
         verdict = judge.verdict()
         if verdict is None and len(seen) % _BY_QEMU == 1:
             verdict = judge.verdict_of_qemu()
+        has_journal = any(name.endswith("-journal") for name in remains.names)
+        journals += has_journal
+        used = has_journal and journals % _WITH_A_JOURNAL == 1
+        if verdict is None and (used or len(seen) % _BY_QEMU == 2):
+            remains.write(folder)
+            verdict = judge.verdict_with_a_vm()
         if verdict is not None:
             outcome.bad.append(f"{state.name}: {verdict}")
     outcome.states = len(seen)
@@ -66,5 +75,14 @@ def _judged(judge: Judge, folder: Path, found: list[State]) -> Outcome:
 
 
 def _part(found: list[State], limit: int | None, seed: int) -> list[State]:
-    """All of them; if there are too many, a part that is always the same."""
-    return found if limit is None or len(found) <= limit else random.Random(seed).sample(found, limit)
+    """All of them; if there are too many, a part that is always the same, with as many from before each flush."""
+    if limit is None or len(found) <= limit:
+        return found
+    chance = random.Random(seed)
+    moments: dict[str, list[State]] = {}
+    for state in found:
+        moments.setdefault(state.name.partition(":")[0], []).append(state)
+    for states_then in moments.values():
+        chance.shuffle(states_then)
+    turns = chain.from_iterable(zip_longest(*moments.values()))
+    return list(islice((state for state in turns if state is not None), limit))

@@ -6,25 +6,34 @@ specification and wants a backup server to hang, to run out of memory, or to do 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.qemu import qemu_img, qemu_io
+from tests.fuzz.monster_parts import (
+    BITMAPS_MOST,
+    CLUSTER,
+    COPIED,
+    FAR,
+    L1_MOST,
+    REFTABLE_MOST,
+    SNAPSHOTS_MOST,
+    appended,
+    bitmap_entry,
+    directory_at,
+    directory_of,
+    disk_of,
+    fill,
+    l1_at,
+    l1_table,
+    l2_table,
+    refcount_block,
+    snapshot_entry,
+    snapshots_at,
+    stretch,
+)  # fmt: skip
 from tests.support.raw import BITMAPS, OFFSET, Raw
-
-COPIED = 1 << 63
-CLUSTER = 1 << 16
-FAR = 1 << 42
-"""Where holes begin: behind all that is there, and within any file system's largest file."""
-ALL = os.environ.get("MONSTERS") == "all"
-"""Tables as large as the limits allow, and every command on every image; else smaller tables and a choice."""
-_L1_MOST, _REFTABLE_MOST = (32 << 20, 8 << 20) if ALL else (1 << 19, 1 << 18)
-_SNAPSHOTS_MOST, _BITMAPS_MOST = (65536, 65535) if ALL else (1024, 1024)
-_SIZES = (1 << 62, 1 << 60, 1 << 56, 1 << 50, (1 << 44) - (1 << 20), 1 << 43)
-"""Lengths to try, the largest first: what a file system holds ends between 8 EiB and 16 TiB."""
 
 
 @dataclass(frozen=True)
@@ -47,132 +56,40 @@ class Monster:
             stretch(image)
 
 
-def stretch(image: Path) -> None:
-    """Make a file as long as may be, with a hole."""
-    for size in _SIZES:
-        try:
-            os.truncate(image, size)
-        except OSError:
-            continue
-        return
-    raise OSError(f"no file may be longer than {_SIZES[-1]} bytes in {image.parent}")
-
-
-def sound_image(folder: Path) -> bytes:
-    """Data, three bitmaps and a snapshot on a disk of 64 MiB."""
-    image = folder / "sound.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", image, "64M")
-    qemu_img("bitmap", "--add", image, "a")
-    qemu_img("bitmap", "--add", "-g", "512", image, "b")
-    qemu_io(image, "write -P 1 0 128k", "write -P 2 8M 64k", "write -c -P 3 16M 64k")
-    qemu_img("snapshot", "-c", "s", image)
-    qemu_img("bitmap", "--add", "--disable", image, "c")
-    qemu_io(image, "write -P 4 0 64k")
-    return image.read_bytes()
-
-
-# ---- where things are ----
-
-
-def appended(raw: Raw, data: bytes) -> int:
-    """Put data behind the image, counted once where there is a refcount for it; where it is."""
-    end = len(raw.data) + -len(raw.data) % CLUSTER
-    raw.data += bytes(end - len(raw.data)) + data + bytes(-len(data) % CLUSTER)
-    for offset in range(end, len(raw.data), CLUSTER):
-        if offset // CLUSTER // (CLUSTER // 2) in raw.blocks:
-            raw.set_refcount(offset, 1)
-    return end
-
-
-def l1_table(raw: Raw) -> int:
-    return raw.number(40)
-
-
-def l2_table(raw: Raw) -> int:
-    return raw.number(l1_table(raw)) & OFFSET
-
-
-def refcount_block(raw: Raw) -> int:
-    return raw.number(raw.number(48))
-
-
-def fill(raw: Raw, table: int, value: int, entries: int = CLUSTER // 8) -> None:
-    raw.data[table : table + 8 * entries] = struct.pack(">Q", value) * entries
-
-
-def l1_at(raw: Raw, offset: int, entries: int) -> None:
-    raw.put(40, offset)
-    raw.put(36, entries, 4)
-
-
-def snapshots_at(raw: Raw, offset: int, count: int) -> None:
-    raw.put(60, count, 4)
-    raw.put(64, offset)
-
-
-def snapshot_entry(l1: int, entries: int, name: bytes = b"n", number: int = 1) -> bytes:
-    """An entry with the extra data that version 3 asks for."""
-    identity = b"%d" % number
-    fixed = struct.pack(">QIHHIIQII", l1, entries, len(identity), len(name), 0, 0, 0, 0, 16)
-    entry = fixed + struct.pack(">QQ", 0, 64 << 20) + identity + name
-    return entry + bytes(-len(entry) % 8)
-
-
-def bitmap_entry(table: int, entries: int, name: bytes, granularity: int = 16, flags: int = 2) -> bytes:
-    entry = struct.pack(">QIIBBHI", table, entries, flags, 1, granularity, len(name), 0) + name
-    return entry + bytes(-len(entry) % 8)
-
-
-def directory_of(raw: Raw, entries: list[bytes]) -> int:
-    """A new directory; where it is."""
-    data = b"".join(entries)
-    return directory_at(raw, appended(raw, data), len(entries), len(data))
-
-
-def directory_at(raw: Raw, offset: int, count: int, size: int) -> int:
-    at = raw.extensions()[BITMAPS][0]
-    raw.data[at : at + 24] = struct.pack(">IIQQ", count, 0, size, offset)
-    return offset
-
-
-def disk_of(raw: Raw, size: int) -> None:
-    raw.put(24, size)
-
-
 # ---- one table for all ----
 
 
 def billion_laughs(raw: Raw) -> None:
     """As many entries as there may be, all naming one L2 table."""
-    l1_at(raw, appended(raw, struct.pack(">Q", l2_table(raw) | COPIED) * (_L1_MOST // 8)), _L1_MOST // 8)
+    l1_at(raw, appended(raw, struct.pack(">Q", l2_table(raw) | COPIED) * (L1_MOST // 8)), L1_MOST // 8)
 
 
 def laughing_snapshots(raw: Raw) -> None:
     """Of very many snapshots each has the L1 table whose entries all name one L2 table."""
     billion_laughs(raw)
-    entries = (snapshot_entry(l1_table(raw), _L1_MOST // 8, number=number) for number in range(_SNAPSHOTS_MOST))
-    snapshots_at(raw, appended(raw, b"".join(entries)), _SNAPSHOTS_MOST)
+    entries = (snapshot_entry(l1_table(raw), L1_MOST // 8, number=number) for number in range(SNAPSHOTS_MOST))
+    snapshots_at(raw, appended(raw, b"".join(entries)), SNAPSHOTS_MOST)
 
 
 def snapshots_a_cluster_apart(raw: Raw) -> None:
     """Very many snapshots whose L1 tables of 32 MiB begin at every cluster of one another."""
-    table = appended(raw, bytes(_L1_MOST))
+    table = appended(raw, bytes(L1_MOST))
     entries = (
         snapshot_entry(
-            table + number % (_L1_MOST // CLUSTER) * CLUSTER,
-            (_L1_MOST - number % (_L1_MOST // CLUSTER) * CLUSTER) // 8,
+            table + number % (L1_MOST // CLUSTER) * CLUSTER,
+            (L1_MOST - number % (L1_MOST // CLUSTER) * CLUSTER) // 8,
             number=number,
         )
-        for number in range(_SNAPSHOTS_MOST)
+        for number in range(SNAPSHOTS_MOST)
     )
-    snapshots_at(raw, appended(raw, b"".join(entries)), _SNAPSHOTS_MOST)
+    snapshots_at(raw, appended(raw, b"".join(entries)), SNAPSHOTS_MOST)
 
 
 def one_block_for_all(raw: Raw) -> None:
     """All entries of the largest refcount table name one block."""
     block = refcount_block(raw)
-    raw.put(48, appended(raw, struct.pack(">Q", block) * (_REFTABLE_MOST // 8)))
-    raw.put(56, _REFTABLE_MOST // CLUSTER, 4)
+    raw.put(48, appended(raw, struct.pack(">Q", block) * (REFTABLE_MOST // 8)))
+    raw.put(56, REFTABLE_MOST // CLUSTER, 4)
 
 
 def one_cluster_for_all(raw: Raw) -> None:
@@ -269,7 +186,7 @@ def bitmap_directory_in_the_l1(raw: Raw) -> None:
 
 
 def snapshot_table_in_the_header(raw: Raw) -> None:
-    snapshots_at(raw, 0, _SNAPSHOTS_MOST)
+    snapshots_at(raw, 0, SNAPSHOTS_MOST)
 
 
 def snapshots_of_the_refcounts(raw: Raw) -> None:
@@ -288,12 +205,12 @@ def exabytes(_raw: Raw) -> None:
 
 
 def l1_of_holes(raw: Raw) -> None:
-    l1_at(raw, FAR, _L1_MOST // 8)
+    l1_at(raw, FAR, L1_MOST // 8)
 
 
 def l2_tables_in_holes(raw: Raw) -> None:
     """Of the largest L1 table all L2 tables are holes: 256 GiB of tables."""
-    tables = range(_L1_MOST // 8)
+    tables = range(L1_MOST // 8)
     offset = appended(raw, struct.pack(f">{len(tables)}Q", *(COPIED | FAR + number * CLUSTER for number in tables)))
     l1_at(raw, offset, len(tables))
 
@@ -301,7 +218,7 @@ def l2_tables_in_holes(raw: Raw) -> None:
 def largest_disk(raw: Raw) -> None:
     """A disk of as many bytes as the largest L1 table maps, most of which is a hole."""
     l1_of_holes(raw)
-    disk_of(raw, _L1_MOST // 8 * CLUSTER // 8 * CLUSTER)
+    disk_of(raw, L1_MOST // 8 * CLUSTER // 8 * CLUSTER)
 
 
 def data_in_holes(raw: Raw) -> None:
@@ -311,43 +228,41 @@ def data_in_holes(raw: Raw) -> None:
 
 def refcount_table_of_holes(raw: Raw) -> None:
     raw.put(48, FAR)
-    raw.put(56, _REFTABLE_MOST // CLUSTER, 4)
+    raw.put(56, REFTABLE_MOST // CLUSTER, 4)
 
 
 def refcount_blocks_in_holes(raw: Raw) -> None:
     """As many blocks as there may be, of which all but the first are holes: refcounts for 2 PiB."""
-    blocks = (refcount_block(raw), *(FAR + number * CLUSTER for number in range(1, _REFTABLE_MOST // 8)))
+    blocks = (refcount_block(raw), *(FAR + number * CLUSTER for number in range(1, REFTABLE_MOST // 8)))
     raw.put(48, appended(raw, struct.pack(f">{len(blocks)}Q", *blocks)))
-    raw.put(56, _REFTABLE_MOST // CLUSTER, 4)
+    raw.put(56, REFTABLE_MOST // CLUSTER, 4)
 
 
 def snapshot_table_of_holes(raw: Raw) -> None:
-    snapshots_at(raw, FAR, _SNAPSHOTS_MOST)
+    snapshots_at(raw, FAR, SNAPSHOTS_MOST)
 
 
 def snapshot_table_of_64_mib(raw: Raw) -> None:
     """65,536 snapshots with as much extra data as is allowed, of which all is a hole but the first entry."""
     entry = bytearray(snapshot_entry(l1_table(raw), 1))
     entry[36:40] = struct.pack(">I", 1024)
-    snapshots_at(raw, appended(raw, bytes(entry) + bytes(2048)), _SNAPSHOTS_MOST)
+    snapshots_at(raw, appended(raw, bytes(entry) + bytes(2048)), SNAPSHOTS_MOST)
 
 
 def snapshots_of_holes(raw: Raw) -> None:
     """Very many snapshots, each with an L1 table of 32 MiB in a hole of its own."""
-    entries = (
-        snapshot_entry(FAR + number * _L1_MOST, _L1_MOST // 8, number=number) for number in range(_SNAPSHOTS_MOST)
-    )
-    snapshots_at(raw, appended(raw, b"".join(entries)), _SNAPSHOTS_MOST)
+    entries = (snapshot_entry(FAR + number * L1_MOST, L1_MOST // 8, number=number) for number in range(SNAPSHOTS_MOST))
+    snapshots_at(raw, appended(raw, b"".join(entries)), SNAPSHOTS_MOST)
 
 
 def most_bitmaps(raw: Raw) -> None:
     """Very many bitmaps, each with a table in a hole of its own."""
-    directory_of(raw, [bitmap_entry(FAR + n * CLUSTER, 1, b"%05d" % n) for n in range(_BITMAPS_MOST)])
+    directory_of(raw, [bitmap_entry(FAR + n * CLUSTER, 1, b"%05d" % n) for n in range(BITMAPS_MOST)])
 
 
 def most_bitmaps_in_one_table(raw: Raw) -> None:
     table, entries = raw.tables()["a"]
-    directory_of(raw, [bitmap_entry(table, entries, b"%05d" % n) for n in range(_BITMAPS_MOST)])
+    directory_of(raw, [bitmap_entry(table, entries, b"%05d" % n) for n in range(BITMAPS_MOST)])
 
 
 def bitmap_tables_of_holes(raw: Raw) -> None:
@@ -365,7 +280,7 @@ def bitmap_tables_of_legal_length(raw: Raw) -> None:
 
 
 def bitmap_directory_of_holes(raw: Raw) -> None:
-    directory_at(raw, FAR, _BITMAPS_MOST, _BITMAPS_MOST * 24)
+    directory_at(raw, FAR, BITMAPS_MOST, BITMAPS_MOST * 24)
 
 
 def bitmap_directory_of_64_mib(raw: Raw) -> None:

@@ -191,7 +191,9 @@ def test_a_change_that_needs_a_journal(disk: Path, tmp_path: Path) -> None:
                 edit.add("first")
         assert check(device)["returncode"] == 0
         assert [entry["name"] for entry in bitmap_info(device)] == ["first"]
-        qcow2bm.undo(device, tmp_path / "undo")
+        with pytest.raises(UndoError, match="nothing tells"):
+            qcow2bm.undo(device, tmp_path / "undo")
+        qcow2bm.undo(device, tmp_path / "undo", force=True)
         assert check(device)["returncode"] == 0
         assert bitmap_info(device) == []
     assert not list(Path("/dev").glob("*.qcow2bm-journal"))

@@ -226,7 +226,9 @@ def test_on_a_device_the_undo_file_is_the_journal_and_must_be_named(tmp_path: Pa
         assert "--undo" in capsys.readouterr().err
         assert __main__.main(["repair", str(device), "--yes", "--undo", str(tmp_path / "undo")]) == 0
         assert check(device)["returncode"] == 0
-        assert __main__.main(["undo", str(device), str(tmp_path / "undo")]) == 0
+        assert __main__.main(["undo", str(device), str(tmp_path / "undo")]) == 1
+        assert "--force" in capsys.readouterr().err
+        assert __main__.main(["undo", str(device), str(tmp_path / "undo"), "--force"]) == 0
     assert digest(image) == before
 
 

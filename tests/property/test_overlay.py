@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import qcow2bm
 from qcow2bm.checks.view import damaged_image, opened, read_header
+from qcow2bm.errors import UndoError
 from qcow2bm.image.commit import carry_out
 from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import Qcow2Image
@@ -201,9 +202,17 @@ def commit(case: Case, tape: Tape, undo: Path | None) -> bytes:
 
 
 def settle(case: Case) -> bytes:
-    """Open the image for writing, as the next command does; its bytes then."""
-    with opened(case.image, writable=True):
-        pass
+    """Open the image for writing, as the next command does; its bytes then.
+
+    Version 2 has no corrupt bit, so nobody can tell a torn image from one that has been used, and somebody must say.
+    """
+    try:
+        with opened(case.image, writable=True):
+            pass
+    except UndoError:
+        if case.drawn.name != "version_2":
+            raise
+        qcow2bm.undo(case.image, case.journal, force=True)
     assert not case.journal.exists()
     return case.image.read_bytes()
 
@@ -258,7 +267,9 @@ def test_after_power_is_cut_at_any_write_the_next_writer_leaves_the_old_file_or_
             tape = Tape(fail_at=number, power_cut=True, partial=half)
             with pytest.raises(PowerCutError):
                 commit(case, tape, case.folder / "undo" if undo else None)
-            assert tape.journal is not None, "no write of a repair comes before its journal"
+            if tape.journal is None:
+                assert whole.writes == 1, "no write of a repair comes before its journal, unless a sector holds it all"
+                continue
             case.journal.write_bytes(tape.journal)
             state = settle(case)
             # Half of the last write may have been all that it changes.
@@ -356,7 +367,7 @@ def test_an_undo_that_is_cut_short_at_any_write_is_finished_by_doing_it_again(ba
             with qcow2bm.image.undo.UndoFile(undo) as old:
                 old.restore(file)
         except PowerCutError:
-            qcow2bm.undo(case.image, undo)
+            qcow2bm.undo(case.image, undo, force=number == 0)  # a write that changed nothing but the time stamp
         else:
             break
         finally:

@@ -83,7 +83,7 @@ def test_undo_gives_back_every_byte_and_the_length_after_every_kind_of_edit(tmp_
     before = image.read_bytes()
     change(image, scene.edit, undo)
     assert image.read_bytes() != before
-    qcow2bm.undo(image, undo)
+    qcow2bm.undo(image, undo, force="data file" in scene.name)  # to which a guest writes unseen
     assert image.read_bytes() == before
 
 
@@ -399,8 +399,8 @@ def test_the_undo_of_a_repair_cut_short_at_any_write_is_finished_by_the_next_com
             else:
                 assert number >= 2
                 break
-        with pytest.raises(InterruptedChangeError):
-            qcow2bm.open(image)
+        with pytest.raises(InterruptedChangeError) if number else contextlib.nullcontext():
+            qcow2bm.open(image).close()
         with contextlib.closing(ImageFile.open(image, writable=True)) as file:
             assert settle_interrupted(file, writable=True) == (number > 0)
         assert image.read_bytes() == (before if number else after)  # nothing was put back before the first write
@@ -483,7 +483,7 @@ def test_after_power_is_cut_at_any_write_readers_refuse_and_the_next_writer_sett
     old = bitmaps(done)
     change(done, scene.edit)
     new = bitmaps(done)
-    number = journals = 0
+    number = refused = 0
     while True:
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -491,9 +491,12 @@ def test_after_power_is_cut_at_any_write_readers_refuse_and_the_next_writer_sett
         if not cut(image, scene.edit, number, partial=partial, undo=folder / "undo" if undo else None):
             break
         if (folder / JOURNAL).exists():
-            journals += 1
-            with pytest.raises(InterruptedChangeError, match="cut short"):
-                qcow2bm.open(image)
+            if Raw.load(image).number(72) & 2:
+                refused += 1
+                with pytest.raises(InterruptedChangeError, match="cut short"):
+                    qcow2bm.open(image)
+            else:
+                assert bitmaps(image) in (old, new)
             qcow2bm.open(image, writable=True).close()
             assert not (folder / JOURNAL).exists()
         assert bitmaps(image) in (old, new)
@@ -502,7 +505,7 @@ def test_after_power_is_cut_at_any_write_readers_refuse_and_the_next_writer_sett
         with qcow2bm.open(image, writable=True) as opened:
             assert not opened.qcow2.rolled_back
         number += 1
-    assert journals >= 3
+    assert refused >= 2
     assert not (folder / JOURNAL).exists()
     assert check(image)["returncode"] == 0
 
@@ -562,7 +565,7 @@ def test_an_undo_cut_short_at_any_write_is_finished_by_doing_it_again(tmp_path: 
     before = image.read_bytes()
     change(image, lambda edit: edit.merge("daily", ["full", "sectors"]), undo)
     after, kept, stamp = image.read_bytes(), undo.read_bytes(), image.stat().st_mtime_ns
-    number = 0
+    number = refused = 0
     while True:
         image.write_bytes(after)
         os.utime(image, ns=(stamp, stamp))
@@ -580,10 +583,15 @@ def test_an_undo_cut_short_at_any_write_is_finished_by_doing_it_again(tmp_path: 
             file.close()
         with UndoFile(undo) as old:
             assert old.state is State.IN_PROGRESS
-        qcow2bm.undo(image, undo)
+        # Nothing has kept others from the image meanwhile; but where all is as it was before there is nothing to lose.
+        try:
+            qcow2bm.undo(image, undo)
+        except UndoError:
+            refused += 1
+            qcow2bm.undo(image, undo, force=True)
         assert image.read_bytes() == before
         number += 1
-    assert number >= 3
+    assert refused >= number - 1 >= 2
 
 
 def test_a_damaged_journal_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

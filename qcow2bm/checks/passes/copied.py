@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,19 +22,20 @@ def copied(view: View) -> Iterator[Finding]:
     pending: _Run | None = None
     l1_table = view.read_l1(root)
     refcount = lru_cache(_REMEMBERED)(view.stored.get)  # any number of entries may name one table
-    for index in view.census.doubtful_copied(l1_table, view.miscopied):
+    step = 1 if view.as_qemu else geometry.cluster_size // 8
+    for index, stop in _cut(view.census.doubtful_copied(l1_table, view.miscopied), step):
         entry = l1_table[index]
         offset = l1_offset(entry)
         stored = refcount(geometry.cluster_of(offset)) if offset else None
         if stored is None:
             continue
         if (stored == 1) != bool(entry & COPIED):
-            last, pending = pending, _Run(root.offset + 8 * index, index, 1, entry, stored)
+            last, pending = pending, _Run(root.offset + 8 * index, index, stop - index, entry, stored)
             if view.as_qemu:
                 yield _of_l1(view, pending)
                 pending = None
             elif last is not None and last.goes_on_with(pending, geometry.cluster_size):
-                pending = last._replace(length=last.length + 1)
+                pending = last._replace(length=last.length + pending.length)
             elif last is not None:
                 yield _of_l1(view, last)
         if offset in view.miscopied and offset not in done:
@@ -45,6 +46,16 @@ def copied(view: View) -> Iterator[Finding]:
             yield from _table(view, offset, index, 1 if each else visits)
     if pending is not None:
         yield _of_l1(view, pending)
+
+
+def _cut(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
+    """Ranges cut wherever an index is a multiple of `step`."""
+    for start, stop in ranges:
+        at = start
+        while at < stop:
+            end = min(stop, (at // step + 1) * step)
+            yield at, end
+            at = end
 
 
 class _Run(NamedTuple):

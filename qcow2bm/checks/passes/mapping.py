@@ -6,10 +6,10 @@ the order of the L1 tables, so that findings come as a reader of the mapping wou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ...format.entries import L1_RESERVED, L2Entry, l1_offset, table_entries
+from ...format.entries import L1_RESERVED, L2Entry, equal_entries, l1_offset, table_entries
 from ...format.faults import Fault
 from ...format.header import Autoclear
 from ...format.limits import MAX_L1_ENTRIES
@@ -19,6 +19,9 @@ from ..model import Finding, InQemu, Location
 from ..problems import found
 from ..view import Root, View
 from ..walk import TableWalk
+
+Suspects = Mapping[int, tuple[int, int]]
+"""L2 tables to look at entry by entry, as `TableWalk` has them."""
 
 
 def mapping(view: View) -> Iterator[Finding]:
@@ -66,7 +69,7 @@ def _bounded(view: View) -> Iterator[Finding]:
             return
 
 
-def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: set[int]) -> Iterator[Finding]:
+def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterator[Finding]:
     """One L1 table: itself, its entries, and its L2 tables that want a closer look and have not had one."""
     table = "active L1 table" if root.snapshot is None else "L1 table of a snapshot"
     where = Location(table, root.offset, snapshot=root.name)
@@ -82,19 +85,28 @@ def _root(view: View, root: Root, suspects: dict[int, tuple[int, int]], done: se
         qemu = InQemu.FAILS if unreadable else None
         yield found(code, text, where, qemu=qemu, offset=root.offset, size=8 * root.entries)
     size, cut = view.geometry.cluster_size, view.geometry.cluster_size - 1
-    for index, entry in enumerate(view.read_l1(root)):
-        if not entry:
-            continue
+    for entry, start, stop in equal_entries(view.read_l1(root)):  # any number may be the same
         offset = l1_offset(entry)
+        odd = bool(entry & L1_RESERVED or offset & cut or offset + size > view.file.size)
+        if not entry or ((offset or view.as_qemu) and not odd and offset not in suspects):
+            continue
+        yield from _same_entries(view, entry, range(start, stop), where, odd=odd, suspects=suspects, done=done)
+
+
+def _same_entries(
+    view: View, entry: int, indices: range, where: Location, *, odd: bool, suspects: Suspects, done: set[int]
+) -> Iterator[Finding]:
+    """L1 entries in a row that are the same; `odd` if they break the format or reach outside the file."""
+    offset, start = l1_offset(entry), where.host_offset or 0
+    for index in indices:
         if not offset and not view.as_qemu:  # where qemu-img takes the header for an L2 table
-            place = replace(where, host_offset=root.offset + 8 * index, index=index)
+            place = replace(where, host_offset=start + 8 * index, index=index)
             yield found("l1-entry-no-table", f"L1 entry {entry:#x} has flags and no L2 table", place, entry=entry)
             continue
-        odd = entry & L1_RESERVED or offset & cut
-        if not odd and offset + size <= view.file.size and offset not in suspects:
-            continue
+        if not odd and offset in done:
+            break
         place = replace(
-            where, host_offset=root.offset + 8 * index, index=index, guest_offset=index * view.geometry.l2_span,
+            where, host_offset=start + 8 * index, index=index, guest_offset=index * view.geometry.l2_span,
             guest_length=view.geometry.l2_span,
         )  # fmt: skip
         yield from _l1_entry(view, entry, place)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from heapq import merge
+from typing import NamedTuple
 
-from ...format.entries import REFCOUNT_BLOCK_RESERVED, refcount_block_offset
+from ...format.entries import REFCOUNT_BLOCK_RESERVED, equal_entries, refcount_block_offset
 from ..census import Overlap
 from ..clusters import mismatch, overlap
 from ..model import Finding, Location
@@ -23,36 +24,79 @@ def refcount_blocks(view: View) -> Iterator[Finding]:
     entries = [entry for entry in view.stored.table if entry]
     if all(geometry.is_aligned(entry) for entry in entries) and census.add_unshared(entries):
         return
-    counted: dict[int, int] = {}
     blocks: list[int] = []
-    for index, entry in enumerate(view.stored.table):
+    for run in _wrong(view, blocks):
+        yield _of_table(view, run)
+    census.count_each(blocks, 1)
+
+
+class _Run(NamedTuple):
+    """Equal entries of the refcount table in a row, wrong in the same way.
+
+    Attributes:
+        references: how often the block is referred to, up to the last of them.
+    """
+
+    code: str
+    entry: int
+    first: int
+    length: int
+    references: int
+
+
+def _wrong(view: View, blocks: list[int]) -> Iterator[_Run]:
+    """The entries of the refcount table that are wrong; the clusters that the others name go into `blocks`.
+
+    Neighbours that are the same are one run, but not for QEMU: a table may have a million of them.
+    """
+    geometry, census = view.geometry, view.census
+    counted: dict[int, int] = {}
+    for entry, start, stop in equal_entries(view.stored.table):
         if not entry:
             continue
-        offset = refcount_block_offset(entry)
-        where = Location("refcount table", view.header.refcount_table_offset + 8 * index, index)
-        if entry & REFCOUNT_BLOCK_RESERVED:
-            text = f"refcount table entry {index} ({entry:#x}) has reserved bits set"
-            yield found("refcount-block-reserved", text, where, index=index)
-        elif not geometry.is_aligned(offset):
-            text = f"refcount block {index} at {offset:#x} is not cluster-aligned"
-            yield found("refcount-block-unaligned", text, where, index=index, offset=offset)
-        elif geometry.cluster_of(offset) >= census.clusters:
-            text = f"refcount block {index} at {offset:#x} lies outside the file"
-            yield found("refcount-block-outside", text, where, index=index, offset=offset)
-        elif census.reaches_outside(offset, geometry.cluster_size):
-            text = f"refcount block {index} at {offset:#x} ends outside the file"
-            size = geometry.cluster_size
-            yield found("refcount-block-outside", text, where, index=index, offset=offset, size=size)
-        else:
-            cluster = geometry.cluster_of(offset)
-            counted[cluster] = counted.get(cluster) or census.references(cluster)
-            counted[cluster] += 1
-            blocks.append(cluster)
-            references = min(counted[cluster], census.most)
-            if references != 1:
-                text = f"refcount block {index} at {offset:#x} is referred to {references} times"
-                yield found("refcount-block-shared", text, where, index=index, refcount=references)
-    census.count_each(blocks, 1)
+        code, before, sound, length = _fault(view, entry), 0, 0, stop - start
+        if code is None:
+            code, cluster = "refcount-block-shared", geometry.cluster_of(entry)
+            before = counted.get(cluster) or census.references(cluster)
+            counted[cluster] = before + length
+            blocks += [cluster] * length
+            sound = length if census.most == 1 else int(not before)
+        step = 1 if view.as_qemu else length
+        for first in range(start + sound, stop, step):
+            end = min(first + step, stop)
+            yield _Run(code, entry, first, end - first, min(before + end - start, census.most))
+
+
+def _fault(view: View, entry: int) -> str | None:
+    """What is wrong with an entry as such."""
+    offset = refcount_block_offset(entry)
+    if entry & REFCOUNT_BLOCK_RESERVED:
+        return "refcount-block-reserved"
+    if not view.geometry.is_aligned(offset):
+        return "refcount-block-unaligned"
+    return "refcount-block-outside" if view.census.reaches_outside(offset, view.geometry.cluster_size) else None
+
+
+def _of_table(view: View, run: _Run) -> Finding:
+    geometry, values = view.geometry, {"index": run.first, "entries": run.length}
+    offset = refcount_block_offset(run.entry)
+    block = f"refcount block {run.first} at {offset:#x}"
+    match run.code:
+        case "refcount-block-reserved":
+            text = f"refcount table entry {run.first} ({run.entry:#x}) has reserved bits set"
+        case "refcount-block-unaligned":
+            text, values["offset"] = f"{block} is not cluster-aligned", offset
+        case "refcount-block-outside" if geometry.cluster_of(offset) >= view.census.clusters:
+            text, values["offset"] = f"{block} lies outside the file", offset
+        case "refcount-block-outside":
+            text = f"{block} ends outside the file"
+            values |= {"offset": offset, "size": geometry.cluster_size}
+        case _:
+            text, values["refcount"] = f"{block} is referred to {run.references} times", run.references
+    if run.length > 1:
+        text += f", and the {run.length - 1} entries behind it are the same"
+    where = Location("refcount table", view.header.refcount_table_offset + 8 * run.first, run.first)
+    return replace(found(run.code, text, where, count=run.length), values=values)
 
 
 def refcounts(view: View) -> Iterator[Finding]:

@@ -10,40 +10,17 @@ than one sector, is another matter: that needs the journal.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ...errors import UndoError
-from ...format.header import INCOMPATIBLE_FIELD
-from ...image.file import ImageFile
-from ...image.plan import Plan, Stage, fits_a_sector
+from ...image.plan import Plan
 
 
-def without_journal(plan: Plan, file: ImageFile) -> Plan:
-    """The plan of an overlay over `file`, without the corrupt bit that marks it unfinished.
+def require_harmless(plan: Plan, *, has_new_table: bool) -> None:
+    """Refuse a repair that could do harm if a crash tears it.
 
     Raises:
-        UndoError: the header changes in more than one sector.
+        UndoError: the header changes in more than one sector, or the snapshot table is new.
     """
-    stages = []
-    for stage in plan.stages:
-        if _is_mark(stage):
-            continue
-        if stage.writes[0].offset < plan.cluster_size and not fits_a_sector(stage.writes):
-            raise needs_journal()
-        writes = tuple(
-            write if write.old is None else replace(write, old=file.read_padded(write.offset, write.length))
-            for write in stage.writes
-        )
-        stages.append(replace(stage, writes=writes, journaled=False))
-    return replace(plan, stages=tuple(stages), commit_stage=max(0, len(stages) - 1))
-
-
-def needs_journal() -> UndoError:
-    """The error for a repair that cannot do without one."""
-    hint = "copy the device to a file and repair that, or use `qcow2bm repair` with an undo file on another disk"
-    return UndoError("this repair needs a journal, and a device has no place for one", hint=hint)
-
-
-def _is_mark(stage: Stage) -> bool:
-    """True if a stage does nothing but set or clear the corrupt bit."""
-    return [(write.offset, write.length) for write in stage.writes] == [(INCOMPATIBLE_FIELD, 8)]
+    in_header = [stage for stage in plan.stages if stage.writes[0].offset < plan.cluster_size]
+    if has_new_table or not all(stage.fits_a_sector for stage in in_header):
+        hint = "copy the device to a file and repair that, or use `qcow2bm repair` with an undo file on another disk"
+        raise UndoError("this repair needs a journal, and a device has no place for one", hint=hint)

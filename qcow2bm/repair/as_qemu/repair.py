@@ -20,7 +20,7 @@ from .blocks import RefcountBlocks
 from .comparing import Comparison
 from .copied import CopiedFlags
 from .counting import Counting, exhaust, look, view_of
-from .device import needs_journal, without_journal
+from .device import require_harmless
 from .model import Counts, Event, GivenUpError, Mode, Notice
 from .node import Node
 from .opening import update_header
@@ -160,9 +160,10 @@ class Repair:
         if failed:
             yield Event(Notice.FLUSH_FAILED)
 
-    def plan(self) -> Plan:
+    def plan(self, *, journaled: bool = True) -> Plan:
         """What the repair writes."""
-        return self._file.plan(self._image, self._node.filled, (f"repair as `qemu-img check -r {self._mode.value}`",))
+        summary = f"repair as `qemu-img check -r {self._mode.value}`"
+        return self._file.plan(self._image, self._node.filled, (summary,), journaled=journaled)
 
     def commit(self, *, undo: Path | None = None, progress: Progress | None = None) -> None:
         """Write it, unless it was given up for want of all references.
@@ -175,11 +176,10 @@ class Repair:
         """
         if not self._keeps:
             return
-        plan, base = self.plan(), self._file.base
-        if base.is_device and undo is None and plan:
-            if self._has_new_table:
-                raise needs_journal()
-            plan = without_journal(plan, base)
+        base = self._file.base
+        plan = self.plan(journaled=undo is not None or not base.is_device)
+        if plan and base.is_device and undo is None:
+            require_harmless(plan, has_new_table=self._has_new_table)
         if plan:
             carry_out(base, plan, undo=undo, progress=progress)
 

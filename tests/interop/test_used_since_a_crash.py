@@ -1,0 +1,189 @@
+"""What comes between a crash and the next command: a VM, QEMU's own repair, a restored backup. None of it is undone.
+
+Each image is in the state that a power cut at some moment leaves, journal and undo file included; then something else
+happens to it, and only then the next command of ours runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import qcow2bm
+from qcow2bm.__main__ import main
+from qcow2bm.errors import InterruptedChangeError, UndoError
+from tests.crash.disk import Folder
+from tests.crash.recorder import recorded
+from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
+from tests.support.raw import OFFSET, Raw
+from tests.support.scenes import MIB, three
+
+JOURNAL = "image.qcow2.qcow2bm-journal"
+
+
+def damage(image: Path) -> None:
+    """Refcounts and a flag are missing: mending them is a change in place, in more than one sector."""
+    raw = Raw.load(image)
+    for offset in (raw.number(40), raw.number(raw.number(40)) & OFFSET):
+        raw.set_refcount(offset, 0)
+    raw.put(raw.number(40), raw.number(raw.number(40)) & OFFSET)
+    raw.save(image)
+
+
+def damaged(folder: Path, version: int = 3) -> Path:
+    """A damaged image: with three bitmaps, or of version 2, which has none."""
+    if version == 3:
+        image = three(folder)
+    else:
+        image = folder / "image.qcow2"
+        qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", image, "4M")
+        qemu_io(image, "write -P 1 1M 128k")
+    damage(image)
+    return image
+
+
+def cut_short(image: Path, *words: str) -> Iterator[Folder]:
+    """The folder after each write of a command to the image, as long as it is in progress."""
+    before = Folder.read(image.parent)
+    with recorded(image.parent) as ops:
+        assert main([words[0], str(image), *words[1:]]) in (0, 3)
+    own = before.names[image.name]
+    places = [place + 1 for place, op in enumerate(ops) if op.kind == "write" and op.file == own]
+    for place in places:
+        yield before.after(ops[:place])
+
+
+def is_open_to_qemu(image: Path) -> bool:
+    return not Raw.load(image).number(72) & 2
+
+
+def guest_writes(image: Path) -> None:
+    qemu_io(image, "write -P 119 3M 64k", "write -P 120 64k 64k")
+
+
+def mended_by_qemu(image: Path) -> None:
+    """The usual answer to an image that is marked corrupt; and then the VM runs."""
+    qemu_img("check", "-q", "-r", "all", image, check=False)
+    guest_writes(image)
+
+
+def restored(image: Path) -> None:
+    shutil.copyfile(image.with_name("backup"), image)
+
+
+@pytest.mark.parametrize("happens", [guest_writes, mended_by_qemu, restored], ids=lambda what: what.__name__)
+def test_what_has_happened_since_a_crash_is_not_rolled_back(tmp_path: Path, happens: Callable[[Path], None]) -> None:
+    image = damaged(tmp_path)
+    shutil.copyfile(image, tmp_path / "backup")
+    qemu_img("check", "-q", "-r", "all", tmp_path / "backup", check=False)
+    tried = 0
+    for state in cut_short(image, "repair", "--yes", "--no-undo"):
+        state.write(tmp_path)
+        if happens is guest_writes and not is_open_to_qemu(image):
+            continue
+        tried += 1
+        happens(image)
+        status, data = check(image)["returncode"], image.read_bytes()
+        with qcow2bm.open(image, writable=True) as opened:
+            assert not opened.qcow2.rolled_back
+        assert image.read_bytes() == data
+        assert check(image)["returncode"] == status
+        assert not (tmp_path / JOURNAL).exists()
+    assert tried >= (1 if happens is guest_writes else 3)
+
+
+def test_version_2_has_no_mark_so_a_torn_repair_is_put_back_by_force_alone(tmp_path: Path) -> None:
+    """QEMU may have used the image, and nothing would tell: nobody but the user knows."""
+    image = damaged(tmp_path, version=2)
+    before, torn = image.read_bytes(), 0
+    states = list(cut_short(image, "repair", "--yes", "--no-undo"))
+    after = image.read_bytes()
+    for state in states:
+        state.write(tmp_path)
+        data = image.read_bytes()
+        if data in (before, after):
+            qcow2bm.open(image, writable=True).close()
+            assert image.read_bytes() == data
+            continue
+        torn += 1
+        with pytest.raises(InterruptedChangeError):
+            qcow2bm.open(image)
+        with pytest.raises(UndoError, match="nothing has kept others"):
+            qcow2bm.open(image, writable=True)
+        assert image.read_bytes() == data
+        assert main(["undo", str(image), str(tmp_path / JOURNAL), "--force"]) == 0
+        assert image.read_bytes() == before
+        assert not (tmp_path / JOURNAL).exists()
+    assert torn
+
+
+def test_an_older_undo_file_does_not_bring_back_a_bitmap_that_misses_a_guest_write(tmp_path: Path) -> None:
+    """The time stamp of before a crash must not come back over what a VM wrote after it."""
+    image, older = three(tmp_path), tmp_path / "older"
+    assert main(["remove", str(image), "a", "--undo", str(older)]) == 0
+    damage(image)
+    for state in list(cut_short(image, "repair", "--yes", "--no-undo")):
+        state.write(tmp_path)
+        if is_open_to_qemu(image):
+            guest_writes(image)
+            qcow2bm.open(image, writable=True).close()
+            assert main(["undo", str(image), str(older)]) == 1
+            assert "a" not in {entry["name"] for entry in bitmap_info(image)}
+
+
+@pytest.mark.parametrize("command", ["remove", "undo"])
+def test_a_change_cut_short_is_not_undone_over_guest_writes(tmp_path: Path, command: str) -> None:
+    """Nothing kept the VM out, and bitmaps that come back would miss what it wrote."""
+    image, undo = three(tmp_path), tmp_path / "undo"
+    if command == "undo":
+        assert main(["remove", str(image), "a", "--undo", str(undo)]) == 0
+        states = list(cut_short(image, "undo", str(undo)))
+    else:
+        states = list(cut_short(image, "remove", "a", "--undo", str(undo)))
+    refused = 0
+    for state in states:
+        state.write(tmp_path)
+        guest_writes(image)
+        before = image.read_bytes()
+        if main(["undo", str(image), str(undo)]) == 1:
+            refused += 1
+            assert image.read_bytes() == before
+        else:
+            assert any(length for _, length in _dirty(image, "a") if length), "it knows the guest's writes"
+    assert refused
+
+
+def _dirty(image: Path, name: str) -> list[tuple[int, int]]:
+    with qcow2bm.open(image) as opened:
+        found = [(extent.offset, extent.length) for extent in opened.bitmaps[name].extents()]
+    return [part for part in found if part[0] <= 3 * MIB < part[0] + part[1]]
+
+
+def test_a_data_file_shows_no_time_stamp_so_its_image_is_restored_by_force_alone(tmp_path: Path) -> None:
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data.raw'}", image, "4M")
+    qemu_img("bitmap", "--add", image, "a")
+    qemu_io(image, "write 1M 64k")
+    assert main(["remove", str(image), "a", "--undo", str(undo)]) == 0
+    digest = guest_digest(image)
+    assert main(["undo", str(image), str(undo)]) == 1
+    assert main(["undo", str(image), str(undo), "--force"]) == 0
+    assert guest_digest(image) == digest
+
+
+def test_an_undo_file_cannot_have_the_name_of_the_journal(tmp_path: Path) -> None:
+    """The next command would take it for one, and remove it."""
+    image = three(tmp_path)
+    before = image.read_bytes()
+    assert main(["add", str(image), "new", "--undo", str(tmp_path / JOURNAL)]) == 1
+    assert image.read_bytes() == before
+
+
+def test_a_name_with_no_room_for_that_of_a_journal_is_no_obstacle(tmp_path: Path) -> None:
+    image = three(tmp_path).rename(tmp_path / ("i" * 250))
+    assert main(["list", str(image)]) == 0
+    assert main(["add", str(image), "new"]) == 0
+    assert len(bitmap_info(image)) == 4
