@@ -51,7 +51,7 @@ class _Task:
         if self.kind == "power":
             return replay(command, shape, lambda seed: thorough(seed, self.rounds), limit=self.detail)
         if self.kind == "faults":
-            return try_out(command, shape, FAULTS[self.detail])
+            return try_out(command, shape, FAULTS[self.detail], every=self.rounds)
         with tempfile.TemporaryDirectory(prefix=f"{self.kind}-") as folder:
             if self.kind == "interrupts":
                 return interrupt(Path(folder), command, shape)
@@ -69,7 +69,7 @@ def _tasks(kind: str, pairs: list[tuple[int, int]], options: argparse.Namespace)
         yield from (_Task(kind, *pair, options.limit, options.rounds) for pair in pairs)
         return
     details = {"faults": len(FAULTS), "kills": len(SIGNALS)}[kind]
-    rounds = -(-options.kills // (len(COMMANDS) * len(SIGNALS)))
+    rounds = -(-options.kills // (len(COMMANDS) * len(SIGNALS))) if kind == "kills" else options.every
     shapes = {command: [shape for other, shape in pairs if other == command] for command, _ in pairs}
     for command, fitting in shapes.items():
         for detail in range(details):
@@ -91,6 +91,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shape", default="", help="only shapes with this in their name")
     parser.add_argument("--rounds", type=int, default=500, help="random sets of many sectors")
     parser.add_argument("--limit", type=int, default=24, help="states of one command on one shape at most")
+    parser.add_argument("--every", type=int, default=1, help="let only every n-th call fail")
     parser.add_argument("--kills", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -117,7 +118,8 @@ def main() -> int:
             said = f"{tried:,} {FIRES[kind]}, {bad} bad"
             print(said, flush=True)
             if not (options.command or options.shape):
-                write_figures(kind, f"Measured: {said}; {_extent(tasks)}. {measured_with()}")
+                part = f", every {options.every}th call" if kind == "faults" and options.every > 1 else ""
+                write_figures(kind, f"Measured: {said}; {_extent(tasks)}{part}. {measured_with()}")
             all_bad += bad
     return 1 if all_bad else 0
 

@@ -227,9 +227,6 @@ def _undo_files(folder: Path) -> list[Side]:
     before, undo = image.read_bytes(), image.with_name("undo")
     _run("merge", image, "c", "a", "b", "--undo", undo)
     changed, held = image.read_bytes(), undo.read_bytes()
-    summary = Summary.parse(held[:SECTOR])
-    assert summary is not None
-    journal = dataclasses.replace(summary, state=State.IN_PROGRESS).build() + held[SECTOR:]
     raw = Raw(before)
     at = raw.directory[0]
     raw.put(at + 12, 1 << 5, 4)  # a flag that nobody knows: its bits are as they were
@@ -237,6 +234,11 @@ def _undo_files(folder: Path) -> list[Side]:
     undo.unlink()
     _run("repair", image, "--yes", "--allow", "lossy", "--undo", undo)
     repaired, quarantine = image.read_bytes(), undo.read_bytes()
+    summary = Summary.parse(quarantine[:SECTOR])
+    assert summary is not None
+    journal = dataclasses.replace(summary, state=State.IN_PROGRESS).build() + quarantine[SECTOR:]
+    torn = Raw(repaired)
+    torn.put(72, torn.number(72) | 2)  # the corrupt bit, which is cleared last
     force, show = "undo {image} {side} --force", "undo {image} {side} --list"
     back = ("undo {image} {side} --bitmap a --stale", "undo {image} {side} --number 1 --as x --stale", force)
     writing = ("add {image} new", "repair {image} --yes", "clear {image} a")
@@ -244,7 +246,7 @@ def _undo_files(folder: Path) -> list[Side]:
     return [
         Side(held, changed, "undo", (show,), (force,), undo_file),
         Side(quarantine, repaired, "undo", (f"{show} --output json",), back, undo_file),
-        Side(journal, changed, JOURNAL, ("info {image}",), writing, undo_file),
+        Side(journal, bytes(torn.data), JOURNAL, ("info {image}",), writing, undo_file),
         Side(held, changed, "image.qcow2.qcow2bm-undo", reading, (), undo_file),
     ]
 
