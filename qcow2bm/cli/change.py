@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from .. import api
 from ..bitmap.edit import Edit
 from ..errors import UsageError, naming
 from ..image.plan import DataFile, DiskSize, Plan, Stage
-from .committing import commit
+from .committing import commit, reporting
 from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import JsonObject, Output, print_json, warn
 from .progress import ProgressBar
@@ -100,15 +99,8 @@ def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How
         else:
             with ProgressBar(wanted=how.progress) as bar:
                 commit(image, plan, undo=how.undo, progress=bar)
-            try:
+            with reporting():
                 _print_result(image, plan, how)
-                sys.stdout.flush()
-            except BrokenPipeError:
-                raise
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"the change is done, but it could not be reported: {error.strerror}"
-                ) from error
     return 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import ImageIOError
 from .failures import Postponed
 
 if TYPE_CHECKING:
@@ -31,6 +33,22 @@ def committing(plan: Plan, progress: Progress | None) -> Iterator[Progress]:
 
     with Postponed() as signals:
         yield written
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[None]:
+    """While a change that is done is reported: what fails then says so.
+
+    Raises:
+        ImageIOError: nothing can be printed.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ImageIOError(f"the change is done, but it could not be reported: {error.strerror}") from error
 
 
 def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:

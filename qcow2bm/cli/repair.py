@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -14,7 +15,7 @@ from ..checks.model import RepairClass, Report
 from ..errors import OutdatedPlanError, UndoError, UsageError
 from ..repair.model import RepairPolicy, Salvage, Scope, Step
 from ..repair.session import Repair, default_undo, repairing
-from .committing import committing
+from .committing import committing, reporting
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption
 from .output import Output, print_json, warn
 from .progress import ProgressBar
@@ -218,7 +219,8 @@ def repair(
     _require_sense(policy, manner)
     document, report = run(image, policy, manner)
     if output is Output.JSON:
-        print_json({"command": "repair", **document})
+        with reporting() if document["changed"] else contextlib.nullcontext():
+            print_json({"command": "repair", **document})
     return report.exit_status
 
 
@@ -324,7 +326,8 @@ def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) 
     with committing(session.plan.plan, None) as written:
         report = session.commit(undo=undo, progress=written)
     if human:
-        print_result(report, undo, image)
+        with reporting():
+            print_result(report, undo, image)
     return repair_json(image, session, changed=True, undo=undo, report=report), report
 
 

@@ -14,7 +14,7 @@ import typer
 from .. import api
 from ..errors import UndoError, UsageError, naming
 from ..image.plan import Plan
-from .committing import commit
+from .committing import commit, reporting
 from .failures import Postponed
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import Cell, Column, JsonObject, Output, print_json, print_pairs, print_table, warn
@@ -108,12 +108,13 @@ def undo(
         with Postponed():  # done half, it would have to be done again
             noted = _noted(undo_file)
             api.undo(image, undo_file, force=force, use_locks=not no_lock)
-        if output is Output.JSON:
-            print_json({**_head(image, undo_file), "changed": True, "data-file": _data_file_json(noted)})
-        else:
-            print(f"{printable(image)} is as it was before")
-            if noted is not None:
-                warn(f"its data file {noted.path} is not part of that: {_data_file_state(noted)}")
+        with reporting():
+            if output is Output.JSON:
+                print_json({**_head(image, undo_file), "changed": True, "data-file": _data_file_json(noted)})
+            else:
+                print(f"{printable(image)} is as it was before")
+                if noted is not None:
+                    warn(f"its data file {noted.path} is not part of that: {_data_file_state(noted)}")
     return 0
 
 

@@ -16,6 +16,8 @@ from jsonschema import Draft202012Validator
 from qcow2bm.checks.model import RepairClass, Severity
 from qcow2bm.repair.model import RepairPolicy, Salvage, Scope
 from tests.support.images import FIXTURES, fixture
+from tests.support.raw import Raw
+from tests.support.scenes import three
 
 SCHEMA = json.loads((FIXTURES.parent / "docs" / "schemas" / "repair.schema.json").read_text())
 
@@ -303,3 +305,19 @@ def test_a_base_that_is_not_there_is_an_error(damaged, run, tmp_path: Path) -> N
     result = run("repair", image, *words, "--dry-run")
     assert result.status == 1
     assert "nosuch" in result.err
+
+
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_repair_that_cannot_be_reported_says_whether_it_is_done(tmp_path: Path, form: str) -> None:
+    """A plan that cannot be shown is not carried out; but what was done must not look as if nothing was written."""
+    image = three(tmp_path)
+    raw = Raw.load(image)
+    raw.set_refcount(raw.number(40), 0)
+    raw.save(image)
+    before = image.read_bytes()
+    words = [sys.executable, "-m", "qcow2bm", "repair", str(image), "--yes", "--no-undo", "--output", form]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(words, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert ("the change is done" in ended.stderr) == (form == "json")
+    assert (image.read_bytes() != before) == (form == "json")
