@@ -26,8 +26,9 @@ PAUSE = 0.004
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 _CHILD = """
-import os, sys, time
+import os, signal, sys, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which what runs in the background ignores
 begun = False
 
 def slow(real):

@@ -341,7 +341,8 @@ def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) 
     """The export waits for a bitmap's data in the middle of its file."""
     image = recorded(tmp_path, 13)
     slow = (
-        "import time, sys; from qcow2bm.bitmap import sidecar; from qcow2bm import __main__\n"
+        "import signal, time, sys; from qcow2bm.bitmap import sidecar; from qcow2bm import __main__\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which what runs in the background ignores
         "old = sidecar._chunks\n"
         "def slowly(*words):\n    print('now', flush=True); time.sleep(60)\n    return old(*words)\n"
         "sidecar._chunks = slowly; sys.exit(__main__.main(sys.argv[1:]))"
