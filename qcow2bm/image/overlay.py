@@ -270,16 +270,16 @@ def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
     """
     if image.header.version < 3:
         return stages
-    before = int(image.header.incompatible_features)
+    before = after = int(image.header.incompatible_features)
     *others, last = stages
-    after, meanwhile = before, (before | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
     write, *more = last.writes
-    if write.offset == 0:
+    if write.offset == 0:  # the header itself changes as well, and has the bit meanwhile
         old, new = bytearray(write.old or b""), bytearray(write.read())
         after = int.from_bytes(new[_MARK], "big")
-        old[_MARK], new[_MARK] = meanwhile, (after | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
+        for content, features in ((old, before), (new, after)):
+            content[_MARK] = (features | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
         changed = [Write.replace(0, bytes(old), bytes(new), write.purpose)] if old != new else []
-        meanwhile, last = bytes(new[_MARK]), replace(last, writes=(*changed, *more))
+        last = replace(last, writes=(*changed, *more))
     stages = [*others, *([last] if last.writes else [])]
     text = "header: the corrupt bit keeps QEMU out meanwhile"
     if not before & Incompatible.CORRUPT:

@@ -139,6 +139,8 @@ class Judge:
         except QemuError as error:
             refuses = Raw.load(self._image).number(72) & 2 or _REFUSED in (self._old.status, self.new.status)
             return None if refuses else f"a VM does not start: {error}"
+        if Raw.load(self._image).number(72) & 2:
+            return None  # damaged from the start: QEMU has found that out by itself, and says so by the same bit
         try:
             used = Truth.of(self._image, self._secret, by_qemu=True)
             settle(self._image)
@@ -147,6 +149,6 @@ class Judge:
             return f"cannot be opened after a VM has used it: {error}"
         if found != used:
             return "the next command changes what a VM has left"
-        if not self._old.damage and found.status not in SOUND:
+        if not (self._old.damage or self.new.damage) and found.status not in SOUND:
             return f"qemu-img check ends with {found.status} after a VM has used it"
         return None
