@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import tempfile
 import zlib
-from collections.abc import Callable
-from itertools import chain, islice, zip_longest
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from tests.crash.choosing import Choose
@@ -35,7 +35,7 @@ def replay(
 
     Args:
         choose: makes a chooser of sectors from a seed.
-        limit: judge so many states at most, a random choice of all.
+        limit: judge so many different states at most, a random choice of all.
     """
     seed = zlib.crc32(f"{command.name} {shape.name}".encode())
     with tempfile.TemporaryDirectory(prefix="crash-") as path:
@@ -46,17 +46,19 @@ def replay(
         judge = trial.judge()
         chooser = choose(seed)
         found = [state for size in sectors for state in states(trial.before, ops, size, chooser)]
-        return _judged(judge, folder, _part(found, limit, seed))
+        return _judged(judge, folder, found if limit is None else _in_turn(found, seed), limit)
 
 
-def _judged(judge: Judge, folder: Path, found: list[State]) -> Outcome:
-    """Judge those that look different."""
+def _judged(judge: Judge, folder: Path, found: Iterable[State], limit: int | None) -> Outcome:
+    """Judge those that look different, up to a limit."""
     outcome, seen, journals = Outcome(), set[int](), 0
     for state in found:
         remains = state.folder
         key = hash(remains.key)
         if key in seen:
             continue
+        if len(seen) == limit:
+            break
         seen.add(key)
         remains.write(folder)
         verdict = judge.verdict()
@@ -74,15 +76,12 @@ def _judged(judge: Judge, folder: Path, found: list[State]) -> Outcome:
     return outcome
 
 
-def _part(found: list[State], limit: int | None, seed: int) -> list[State]:
-    """All of them; if there are too many, a part that is always the same, with as many from before each flush."""
-    if limit is None or len(found) <= limit:
-        return found
+def _in_turn(found: list[State], seed: int) -> Iterator[State]:
+    """All of them, one from before each flush after the other, in an order that is always the same."""
     chance = random.Random(seed)
     moments: dict[str, list[State]] = {}
     for state in found:
         moments.setdefault(state.name.partition(":")[0], []).append(state)
     for states_then in moments.values():
         chance.shuffle(states_then)
-    turns = chain.from_iterable(zip_longest(*moments.values()))
-    return list(islice((state for state in turns if state is not None), limit))
+    return (state for state in chain.from_iterable(zip_longest(*moments.values())) if state is not None)
