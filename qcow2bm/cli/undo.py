@@ -36,7 +36,7 @@ ForceOption = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Do it although the time stamp of the image or its data file says that it was written to, or nothing tells.",
+        help="Do it although the time stamp of the image or its data file says that it was written to, or none tells.",
         show_default=False,
     ),
 ]
