@@ -14,15 +14,13 @@ from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
 from ..errors import TruncatedImageError
-from ..format.header import INCOMPATIBLE_FIELD, Incompatible
+from ..format.header import INCOMPATIBLE_FIELD, INCOMPATIBLE_PLACE, Incompatible
 from .file import ImageFile, read_fd, write_fd
 from .image import Qcow2Image
 from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
 _PAGE = 4096
 _IN_MEMORY = 32 << 20
-_LENGTH = 8
-_MARK = slice(INCOMPATIBLE_FIELD, INCOMPATIBLE_FIELD + _LENGTH)
 """Bytes of changed pages that are held in memory; the rest goes to a temporary file."""
 
 
@@ -275,9 +273,9 @@ def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
     write, *more = last.writes
     if write.offset == 0:  # the header itself changes as well, and has the bit meanwhile
         old, new = bytearray(write.old or b""), bytearray(write.read())
-        after = int.from_bytes(new[_MARK], "big")
+        after = int.from_bytes(new[INCOMPATIBLE_PLACE], "big")
         for content, features in ((old, before), (new, after)):
-            content[_MARK] = (features | Incompatible.CORRUPT).to_bytes(_LENGTH, "big")
+            content[INCOMPATIBLE_PLACE] = (features | Incompatible.CORRUPT).to_bytes(8, "big")
         changed = [Write.replace(0, bytes(old), bytes(new), write.purpose)] if old != new else []
         last = replace(last, writes=(*changed, *more))
     stages = [*others, *([last] if last.writes else [])]
@@ -290,5 +288,5 @@ def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
 
 
 def _one_field(text: str, old: int, new: int) -> Stage:
-    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(_LENGTH, "big"), new.to_bytes(_LENGTH, "big"), text)
+    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(8, "big"), new.to_bytes(8, "big"), text)
     return Stage(text, (write,), atomic=True, journaled=True)

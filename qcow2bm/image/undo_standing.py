@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..format.header import INCOMPATIBLE_FIELD, MAGIC, Incompatible
+from ..format.header import INCOMPATIBLE_PLACE, MAGIC, Incompatible
 from .file import ImageFile
 from .plan import SECTOR
 from .undo_layout import State, crc
@@ -23,7 +23,6 @@ from .undo_writer import seen
 _WINDOW = 64 << 10
 """Bytes of the image that are compared at a time."""
 _PIECE = 1 << 20
-_MARK = slice(INCOMPATIBLE_FIELD, INCOMPATIBLE_FIELD + 8)
 
 
 class Since(Enum):
@@ -88,16 +87,16 @@ def is_marked(image: ImageFile) -> bool:
 
 def marks(undo: UndoReader) -> bool:
     """True if the corrupt bit is set while the change is under way, and clear before it or after."""
-    start, stop = _MARK.start, _MARK.stop
+    start, stop = INCOMPATIBLE_PLACE.start, INCOMPATIBLE_PLACE.stop
     over = (record for record in undo.records if record.new_at and record.offset <= start and stop <= record.end)
     return any(_corrupt(undo.old(record, start, stop)) != _corrupt(undo.new(record, start, stop)) for record in over)
 
 
 def _features(image: ImageFile) -> int:
     """The incompatible features, none of what is no image of version 3."""
-    head = image.read_padded(0, _MARK.stop)
+    head = image.read_padded(0, INCOMPATIBLE_PLACE.stop)
     known = head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 3
-    return int.from_bytes(head[_MARK], "big") if known else 0
+    return int.from_bytes(head[INCOMPATIBLE_PLACE], "big") if known else 0
 
 
 def _corrupt(features: bytes) -> int:

@@ -21,6 +21,8 @@ from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
 
 _PIECE = 1 << 20
 """Bytes of a kept piece at most."""
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+"""To create a file: never over another one, nor through a link."""
 
 
 class UndoWriter:
@@ -44,9 +46,8 @@ class UndoWriter:
         """
         status = os.fstat(image.fd)
         mode = stat.S_IMODE(status.st_mode) & 0o666
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fd = os.open(path, flags, mode)
+            fd = os.open(path, _NEW, mode)
         except OSError as error:
             raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
         tearable = any(stage.journaled for stage in stages)
@@ -139,8 +140,7 @@ def second_copy(fd: int, journal: Path, mode: int) -> None:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    copy = os.open(journal, flags, mode)
+    copy = os.open(journal, _NEW, mode)
     try:
         end = os.fstat(fd).st_size
         for at in range(SECTOR, end, _PIECE):
