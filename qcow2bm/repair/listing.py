@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..bitmap.store import StoredBitmap
 from ..checks.view import View
@@ -12,6 +13,10 @@ from ..format.bitmap_directory import DIRTY_TRACKING, FIXED_LENGTH, BitmapEntry,
 from ..format.extensions import BitmapsExtension
 from ..format.faults import Weight
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MIN_GRANULARITY_BITS
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _ALIGNMENT = 8
 SHARED_CLUSTERS = "something else uses its clusters too"
@@ -96,11 +101,15 @@ def _entries(view: View, data: bytes, count: int | None, *, damaged: bool) -> It
     Args:
         count: how many there are, where only that is known; None if they are to fill the data.
     """
-    at, number, lost = 0, 0, False
+    at, number, lost, in_vain = 0, 0, False, 0
+    places: npt.NDArray[np.int64] | None = None
     while at + FIXED_LENGTH <= len(data) and number != count and number < MAX_BITMAPS:
-        if lost and not _may_be_entry(data, at):
-            at += _ALIGNMENT
-            continue
+        if lost:
+            places = _may_be_entries(data) if places is None else places
+            following = places.searchsorted(at)
+            if following == len(places) or in_vain == MAX_BITMAPS:
+                return  # so many places that only look like entries are not what damage leaves
+            at = int(places[following])
         try:
             entry = parse_entry(data, at)
         except CorruptImageError:
@@ -111,14 +120,20 @@ def _entries(view: View, data: bytes, count: int | None, *, damaged: bool) -> It
             number += 1
         if not sound and count is not None:
             return  # behind the end of a directory whose length is unknown there may be older ones
+        in_vain += lost and not sound
         lost = not sound
         at += entry.size if entry is not None and sound else _ALIGNMENT
 
 
-def _may_be_entry(data: bytes, at: int) -> bool:
-    """A quick look at flags, type and granularity."""
-    flags, kind, granularity = data[at + 12 : at + 16], data[at + 16], data[at + 17]
-    return flags[:3] == b"\0\0\0" and kind == DIRTY_TRACKING and granularity >= MIN_GRANULARITY_BITS
+def _may_be_entries(data: bytes) -> npt.NDArray[np.int64]:
+    """Places in order, by a quick look at flags, type and granularity at each: there may be millions of them."""
+    import numpy as np  # rarely needed, and slow to load
+
+    whole = len(data) // _ALIGNMENT * _ALIGNMENT
+    words = np.frombuffer(data, np.uint8, whole).reshape(-1, _ALIGNMENT)
+    flags, kind = words[1:-1, 4:7], words[2:]
+    likely = (flags == 0).all(axis=1) & (kind[:, 0] == DIRTY_TRACKING) & (kind[:, 1] >= MIN_GRANULARITY_BITS)
+    return np.flatnonzero(likely) * _ALIGNMENT
 
 
 def _first_fault(view: View, entry: BitmapEntry) -> str | None:

@@ -186,6 +186,11 @@ def bitmap_directory_in_the_l1(raw: Raw) -> None:
     raw.put(raw.extensions()[BITMAPS][0] + 16, l1_table(raw))
 
 
+def bitmap_directory_of_nothing_but_beginnings(raw: Raw) -> None:
+    """64 MiB of which every eight bytes might be an entry's, and none is one."""
+    directory_at(raw, appended(raw, struct.pack(">BB6x", 1, 9) * (65535 * 128)), 65535, 65535 * 1024)
+
+
 def snapshot_table_in_the_header(raw: Raw) -> None:
     snapshots_at(raw, 0, SNAPSHOTS_MOST)
 
@@ -318,7 +323,7 @@ MONSTERS = (
             refcount_table_in_the_header, bitmap_table_that_names_itself, bitmap_tables_that_name_each_other,
             bitmap_tables_that_name_the_directory, bitmap_tables_in_the_mapping, bitmap_directory_in_the_header,
             bitmap_directory_in_the_l1, snapshot_table_in_the_header, snapshots_of_the_refcounts,
-            most_bitmaps_in_one_table,
+            most_bitmaps_in_one_table, bitmap_directory_of_nothing_but_beginnings,
         ),
     ),
     *(
