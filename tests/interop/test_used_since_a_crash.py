@@ -6,6 +6,7 @@ happens to it, and only then the next command of ours runs.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import qcow2bm
 from qcow2bm.__main__ import main
 from qcow2bm.errors import InterruptedChangeError, UndoError
+from qcow2bm.image.undo_reader import UndoReader
 from tests.crash.disk import Folder
 from tests.crash.recorder import recorded
 from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
@@ -93,6 +95,31 @@ def test_what_has_happened_since_a_crash_is_not_rolled_back(tmp_path: Path, happ
         assert check(image)["returncode"] == status
         assert not (tmp_path / JOURNAL).exists()
     assert tried >= (1 if happens is guest_writes else 3)
+
+
+def test_a_torn_change_is_not_rolled_back_where_a_cluster_it_filled_holds_something_else(tmp_path: Path) -> None:
+    """The mark keeps QEMU from the disk, but not a tool that goes by the refcounts, where the cluster is still free."""
+    image, refused = three(tmp_path), 0
+    raw = Raw.load(image)
+    raw.put(raw.l2_entry(17), raw.number(raw.l2_entry(16)))  # two guest clusters in one, which are copied apart
+    raw.save(image)
+    for state in cut_short(image, "repair", "--yes", "--no-undo", "--allow", "lossy"):
+        state.write(tmp_path)
+        if is_open_to_qemu(image):
+            continue
+        with UndoReader(tmp_path / JOURNAL) as journal:
+            (filled,) = (record for record in journal.records if record.filled)
+        with image.open("r+b") as file:
+            file.seek(filled.offset)
+            file.write(b"somebody else's")
+        data = image.read_bytes()
+        # As long as nothing names the cluster, it may as well be half filled by us.
+        with contextlib.suppress(UndoError):
+            qcow2bm.open(image, writable=True).close()
+            continue
+        assert image.read_bytes() == data
+        refused += 1
+    assert refused
 
 
 def test_version_2_has_no_mark_so_a_torn_repair_is_put_back_by_force_alone(tmp_path: Path) -> None:
