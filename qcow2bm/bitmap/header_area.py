@@ -60,17 +60,29 @@ def attach(head: HeaderDraft, pointer: BitmapsExtension) -> Switch:
 
 def detach(head: HeaderDraft, extension: Extension) -> Switch:
     """Drop the extension: the image has no bitmaps any more."""
+    drop(head, extension)
+    if _is_last(head.image, extension):
+        return head.in_steps("drop the bitmaps extension", commit=0)
+    return head.at_once("drop the bitmaps extension")
+
+
+def drop(head: HeaderDraft, extension: Extension) -> None:
+    """The steps of dropping it, in order. One that a damaged image of version 2 has is dropped as well."""
     image = head.image
     area = image.extensions
-    head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=False), "the autoclear bit: no bitmaps count")
-    if extension.end == area.end:
+    if image.header.version >= 3:  # where a header of version 2 has its extensions already
+        head.put(AUTOCLEAR_FIELD, _autoclear(image, bitmaps=False), "the autoclear bit: no bitmaps count")
+    if _is_last(image, extension):
         # Only its head is overwritten; what follows an end marker means nothing.
         head.put(extension.offset, END_MARKER, "the bitmaps extension becomes the end marker")
-        return head.in_steps("drop the bitmaps extension", commit=0)
+        return
     rest = image.head[extension.end : min(area.end + HEAD_LENGTH, area.limit)]
     moved = rest + bytes(extension.end - extension.offset)
     head.put(extension.offset, moved, "the extensions behind the bitmaps extension move up")
-    return head.at_once("drop the bitmaps extension")
+
+
+def _is_last(image: Qcow2Image, extension: Extension) -> bool:
+    return extension.end == image.extensions.end
 
 
 def _autoclear(image: Qcow2Image, *, bitmaps: bool) -> bytes:

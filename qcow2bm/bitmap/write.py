@@ -210,7 +210,7 @@ class _Writer:
         if len(entries) == pointer.nb_bitmaps and not attach:
             write = self._within_a_sector(pointer.bitmap_directory_offset, directory)
             if write is not None:
-                in_place = Switch((Stage("switch the directory entry", (write,), atomic=True),))
+                in_place = Switch((Stage("switch the directory entry", (write,)),))
                 return lambda _: in_place
         self.change.free(pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
         if not entries:

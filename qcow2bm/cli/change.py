@@ -225,4 +225,4 @@ def _stage_json(plan: Plan, stage: Stage) -> JsonObject:
         for write in stage.writes
     ]
     commits = stage is plan.stages[plan.commit_stage]
-    return {"name": stage.name, "atomic": stage.atomic, "commits": commits, "writes": writes}
+    return {"name": stage.name, "atomic": stage.is_atomic, "commits": commits, "writes": writes}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from os import SEEK_END
@@ -100,7 +101,9 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
             except BaseException:
                 if engine is None or engine.rolled_back or not engine.begun:
                     if writer is not None:
-                        writer.discard()
+                        # The image is as it was, and an undo file that stays does no harm: what failed before counts.
+                        with contextlib.suppress(Qcow2bmError, OSError):
+                            writer.discard()
                     data_file.restore()
                 raise
             with _afterwards():
@@ -119,21 +122,25 @@ def _cut(file: ImageFile, plan: Plan) -> None:
 
 
 def _require_as_planned(file: ImageFile, plan: Plan) -> None:
-    """Look at everything the plan rewrites before the first byte is written: its free clusters may be free no more."""
-    changed = file.size != plan.size_before
-    earlier: dict[int, list[Write]] = {}
-    for write in plan.writes():
-        if write.old is None or changed:
-            continue
+    """Look at everything the plan rewrites before the first byte is written.
+
+    Free clusters that it fills are not looked at: that they still are free the refcounts say, which it rewrites too.
+    """
+    outdated = OutdatedPlanError("the image has changed since the change was planned", hint="nothing was written")
+    if file.size != plan.size_before:
+        raise outdated
+    rewrites = [write for write in plan.writes() if write.old is not None]
+    touching: dict[int, list[int]] = defaultdict(list)
+    for number, write in enumerate(rewrites):
         # Where two stages rewrite a place, the second expects what the first leaves.
         now = bytearray(file.read_padded(write.offset, write.length))
-        neighbours = earlier.setdefault(write.offset // plan.cluster_size, [])
-        for other in neighbours:
-            _overlay(now, write.offset, other)
-        neighbours.append(write)
-        changed = now != write.old
-    if changed:
-        raise OutdatedPlanError("the image has changed since the change was planned", hint="nothing was written")
+        clusters = range(write.offset // plan.cluster_size, (write.end - 1) // plan.cluster_size + 1)
+        for earlier in sorted({earlier for cluster in clusters for earlier in touching[cluster]}):
+            _overlay(now, write.offset, rewrites[earlier])
+        for cluster in clusters:
+            touching[cluster].append(number)
+        if now != (write.old or b""):
+            raise outdated
 
 
 def _overlay(data: bytearray, offset: int, write: Write) -> None:
@@ -159,7 +166,7 @@ def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Ke
     return UndoWriter.create(path, file, plan.stages, plan.size_after, (*noted, *plan.kept))
 
 
-class _Kept:
+class _OldBytes:
     """Old bytes, to put back if the plan fails: a few MiB in memory, the rest in a temporary file."""
 
     def __init__(self) -> None:
@@ -198,7 +205,7 @@ class _Engine:
         self._progress = progress
         self._total = plan.bytes_written
         self._done: list[list[tuple[Write, Callable[[], bytes]]]] = []
-        self._kept = _Kept()
+        self._kept = _OldBytes()
         self._written = 0
         self._journal: UndoWriter | None = None
         self.begun = False

@@ -1,4 +1,4 @@
-"""The first cluster as a plan makes it: the one place where header bytes are changed, step by step.
+"""The first cluster as an edit's plan makes it, step by step.
 
 Why the image stays whole: steps that lie in one disk sector become one write, which the disk makes or does not make. A
 rewrite that one sector does not hold is bracketed by two that do: the first sets the corrupt bit, so that QEMU will not
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..errors import UnsupportedImageError
 from ..format.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD, KNOWN_AUTOCLEAR, Incompatible
 from .image import Qcow2Image
 from .plan import Stage, Switch, Write, fits_a_sector
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
+    """Bytes of the header that change; `unseen` where nothing refers to them yet, so that they may be torn."""
+
     offset: int
     data: bytes
     purpose: str
@@ -34,18 +37,18 @@ class HeaderDraft:
             if write.offset < len(before):
                 before[write.offset : write.end] = write.read()
         self._before = bytes(before)
-        self._steps: list[_Step] = []
+        self.steps: list[Step] = []
 
     def put(self, offset: int, data: bytes, purpose: str, *, unseen: bool = False) -> None:
         """A step; `unseen` where nothing refers to these bytes yet, so that they may be torn."""
-        if self._after(self._steps)[offset : offset + len(data)] != data:
-            self._steps.append(_Step(offset, data, purpose, unseen))
+        if self._after(self.steps)[offset : offset + len(data)] != data:
+            self.steps.append(Step(offset, data, purpose, unseen))
 
     def at_once(self, name: str) -> Switch:
         """All steps together, all or nothing."""
-        write = self._write([], self._steps, name)
+        write = self._write([], self.steps, name)
         if fits_a_sector([write]):
-            return Switch((Stage(name, (write,), atomic=True),))
+            return Switch((Stage(name, (write,)),))
         return self._torn(name)
 
     def in_steps(self, name: str, *, commit: int) -> Switch:
@@ -61,25 +64,25 @@ class HeaderDraft:
             unseen = all(step.unseen for step in group)
             if not (unseen or fits_a_sector([write])):
                 return self._torn(name)
-            stages.append(Stage(write.purpose, (write,), atomic=not unseen))
+            stages.append(Stage(write.purpose, (write,)))
         return Switch(tuple(stages), commit % len(stages))
 
-    def _groups(self) -> list[list[_Step]]:
-        groups: list[list[_Step]] = []
-        for step in self._steps:
+    def _groups(self) -> list[list[Step]]:
+        groups: list[list[Step]] = []
+        for step in self.steps:
             if groups and fits_a_sector([self._write([], [*groups[-1], step], "")]):
                 groups[-1].append(step)
             else:
                 groups.append([step])
         return groups
 
-    def _after(self, steps: Iterable[_Step]) -> bytes:
+    def _after(self, steps: Iterable[Step]) -> bytes:
         head = bytearray(self._before)
         for step in steps:
             head[step.offset : step.offset + len(step.data)] = step.data
         return bytes(head)
 
-    def _write(self, done: list[_Step], steps: list[_Step], purpose: str) -> Write:
+    def _write(self, done: list[Step], steps: list[Step], purpose: str) -> Write:
         """The one write that makes `steps` when those before them are done."""
         start = min(step.offset for step in steps)
         end = max(step.offset + len(step.data) for step in steps)
@@ -88,16 +91,28 @@ class HeaderDraft:
 
     def _torn(self, name: str) -> Switch:
         """A rewrite that one sector does not hold, while the corrupt bit keeps QEMU out."""
-        features = self.image.header.incompatible_features
-        plain, marked = (int(value).to_bytes(8, "big") for value in (features, features | Incompatible.CORRUPT))
-        mark = _Step(INCOMPATIBLE_FIELD, marked, "the corrupt bit keeps QEMU out while the header is rewritten")
-        unmark = _Step(INCOMPATIBLE_FIELD, plain, "the corrupt bit is cleared again")
-        writes = (
-            self._write([], [mark], mark.purpose),
-            self._write([mark], self._steps, name),
-            self._write([mark, *self._steps], [unmark], unmark.purpose),
+        if self.image.header.version < 3:
+            raise UnsupportedImageError(
+                "a version 2 header cannot be rewritten in more than one sector: no corrupt bit would keep QEMU out",
+                hint="`qemu-img amend -o compat=1.1` makes it version 3",
+            )
+        plain = int(self.image.header.incompatible_features)
+        marked = plain | Incompatible.CORRUPT
+        mark = Step(INCOMPATIBLE_FIELD, marked.to_bytes(8, "big"), "")  # the rewrite may lie around it
+        write = self._write([mark], self.steps, name)
+        stages = (
+            set_features("the corrupt bit keeps QEMU out while the header is rewritten", plain, marked),
+            Stage(write.purpose, (write,), journaled=True),
+            set_features("the corrupt bit is cleared again", marked, plain),
         )
-        return Switch(tuple(Stage(write.purpose, (write,), atomic=True, journaled=True) for write in writes), commit=2)
+        return Switch(stages, commit=2)
+
+
+def set_features(purpose: str, old: int, new: int) -> Stage:
+    """A stage that changes the incompatible features alone, which is one sector: around those that a crash may tear."""
+    text = f"header: {purpose}"
+    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(8, "big"), new.to_bytes(8, "big"), text)
+    return Stage(text, (write,), journaled=True)
 
 
 def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:

@@ -14,8 +14,9 @@ from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
 from ..errors import TruncatedImageError
-from ..format.header import INCOMPATIBLE_FIELD, INCOMPATIBLE_PLACE, Incompatible
+from ..format.header import INCOMPATIBLE_PLACE, Incompatible
 from .file import ImageFile, read_fd, write_fd
+from .header_draft import set_features
 from .image import Qcow2Image
 from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
@@ -185,7 +186,7 @@ class OverlayFile(ImageFile):
         ]
         stages = [stage for stage in stages if stage.writes]
         if not journaled or fits_a_sector(write for stage in stages for write in stage.writes):
-            stages = [replace(stage, atomic=stage.fits_a_sector, journaled=False) for stage in stages]
+            stages = [replace(stage, journaled=False) for stage in stages]
         else:
             stages = _marked(image, stages)
         return Plan(
@@ -279,14 +280,9 @@ def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
         changed = [Write.replace(0, bytes(old), bytes(new), write.purpose)] if old != new else []
         last = replace(last, writes=(*changed, *more))
     stages = [*others, *([last] if last.writes else [])]
-    text = "header: the corrupt bit keeps QEMU out meanwhile"
-    if not before & Incompatible.CORRUPT:
-        stages.insert(0, _one_field(text, before, before | Incompatible.CORRUPT))
-    if not after & Incompatible.CORRUPT:
-        stages.append(_one_field("header: the corrupt bit is cleared again", after | Incompatible.CORRUPT, after))
+    corrupt = Incompatible.CORRUPT
+    if not before & corrupt:
+        stages.insert(0, set_features("the corrupt bit keeps QEMU out meanwhile", before, before | corrupt))
+    if not after & corrupt:
+        stages.append(set_features("the corrupt bit is cleared again", after | corrupt, after))
     return stages
-
-
-def _one_field(text: str, old: int, new: int) -> Stage:
-    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(8, "big"), new.to_bytes(8, "big"), text)
-    return Stage(text, (write,), atomic=True, journaled=True)

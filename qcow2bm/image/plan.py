@@ -58,19 +58,22 @@ class Stage:
     """Writes that may reach the disk in any order; a barrier follows them.
 
     Attributes:
-        atomic: all or none of the writes may be seen after a crash, so one sector must hold them.
         journaled: part of a rewrite that one sector does not hold; the commit engine keeps a journal of these stages.
     """
 
     name: str
     writes: tuple[Write, ...]
-    atomic: bool = False
     journaled: bool = False
 
     @property
     def fits_a_sector(self) -> bool:
         """True if the disk itself keeps the stage whole."""
         return fits_a_sector(self.writes)
+
+    @property
+    def is_atomic(self) -> bool:
+        """True if after a crash all of its writes are seen or none, once the journal that there may be is settled."""
+        return self.journaled or self.fits_a_sector
 
 
 def fits_a_sector(writes: Iterable[Write]) -> bool:

@@ -85,8 +85,11 @@ class UndoReader:
         """False if a crash came while the file was being written, so that nothing it belongs to was changed yet."""
         if not path.is_file():  # opening a FIFO would wait for its other end
             raise UndoError(f"{path} is no regular file, and so no journal", hint="move it away")
-        with path.open("rb") as file:
-            return any(file.read(SECTOR))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return any(read_fd(fd, SECTOR, 0))
+        finally:
+            os.close(fd)
 
     def _read_summary(self) -> Summary:
         try:

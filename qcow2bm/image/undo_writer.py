@@ -49,7 +49,8 @@ class UndoWriter:
         try:
             fd = os.open(path, _NEW, mode)
         except OSError as error:
-            raise UndoError(f"cannot create the undo file {path}: {os.strerror(error.errno or 0)}") from error
+            what = "journal" if path == image.journal else "undo file"
+            raise UndoError(f"cannot create the {what} {path}: {os.strerror(error.errno or 0)}") from error
         tearable = any(stage.journaled for stage in stages)
         summary = Summary(
             State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0, made_ns=time.time_ns(),
@@ -101,14 +102,22 @@ class UndoWriter:
         return True
 
     def complete(self, image: ImageFile) -> None:
-        """Say that the plan is done and what the image looks like now."""
+        """Say that the plan is done and what the image looks like now.
+
+        Raises:
+            FlushError, OSError: the file says "in progress" for good, or until the next crash.
+        """
         mtime = os.fstat(image.fd).st_mtime_ns
         write_summary(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **seen(image)))
         os.close(self._fd)
         self._unlink_alias()
 
     def discard(self) -> None:
-        """Remove the file: the plan was rolled back, or its journal is not wanted."""
+        """Remove the file: the plan was rolled back, or its journal is not wanted.
+
+        Raises:
+            FlushError, OSError: it is there, or may be there again after a crash.
+        """
         os.close(self._fd)
         self._unlink_alias()
         drop(self.path)
@@ -127,7 +136,7 @@ def second_name(undo: Path, journal: Path) -> bool:
     try:
         os.link(undo, journal, follow_symlinks=False)
     except FileExistsError as error:
-        raise UndoError(f"cannot create the undo file {journal}: {os.strerror(error.errno or 0)}") from error
+        raise UndoError(f"cannot create the journal {journal}: {os.strerror(error.errno or 0)}") from error
     except OSError:
         return False
     sync_folder(journal)

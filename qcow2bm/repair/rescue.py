@@ -291,9 +291,10 @@ def _drop_extension(shop: Workshop) -> None:
     assert extension is not None, "something was found in it"
     if shop.view.directory.pointer is not None and pointer is not None:
         shop.given_up.update(_directory_clusters(shop, pointer))
-    for stage in header_area.detach(HeaderDraft(image), extension).stages:
-        for write in stage.writes:
-            shop.write(write.offset, bytes(write.read()), write.purpose)
+    draft = HeaderDraft(image)
+    header_area.drop(draft, extension)
+    for step in draft.steps:
+        shop.write(step.offset, step.data, f"header: {step.purpose}")
 
 
 @dataclass(slots=True)

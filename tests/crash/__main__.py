@@ -42,9 +42,12 @@ class _Task:
 
     def run(self) -> Outcome:
         try:
-            return self._run()
+            outcome = self._run()
         except (AssertionError, QemuError, Qcow2bmError) as error:
             return Outcome(bad=[f"could not be tried: {error}"])
+        if not outcome.states and self.kind != "kills":  # where all of a few signals may come too late
+            outcome.bad.append("nothing was tried")
+        return outcome
 
     def _run(self) -> Outcome:
         command, shape = COMMANDS[self.command], SHAPES[self.shape]

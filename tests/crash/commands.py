@@ -41,6 +41,11 @@ class Command:
     fits: Callable[[Shape], bool] = lambda _: True
     status: tuple[int, ...] = (0,)
 
+    @property
+    def failed(self) -> tuple[int, ...]:
+        """What it ends with where a call fails: a repair also with what a check says that could not read something."""
+        return (1, 2, 4) if self.line.startswith(("repair", "check", "qemu-img check")) else (1,)
+
     def words(self, image: Path, shape: Shape) -> list[str]:
         """The words of the command line."""
         names = {"image": image, "undo": image.with_name("undo"), "folder": image.parent, "size": shape.size}
@@ -163,6 +168,14 @@ def _repaired(image: Path, shape: Shape) -> None:
     _quietly("repair", image, "--yes", "--undo", image.with_name("undo"))
 
 
+def _quarantined(image: Path, _shape: Shape) -> None:
+    raw = Raw.load(image)
+    second = raw.directory[0] + (24 + 1 + 7) // 8 * 8
+    raw.put(second + 12, 0x2 | 0x4, 4)  # a flag that QEMU refuses where there is no extra data
+    raw.save(image)
+    _quietly("repair", image, "--yes", "--only", "bitmaps", "--undo", image.with_name("undo"))
+
+
 def _planned(image: Path, shape: Shape) -> None:
     _too_low(image, shape)
     _quietly("repair", image, "--dry-run", "--plan", image.with_name("plan"))
@@ -231,11 +244,17 @@ COMMANDS = (
     Command("diff into", "diff {folder}/older.raw {image} --into {image}#differs", _older, fits=_is_open),
     Command("grow", "resize {image} +64M", fits=_has_no_data_file),
     Command("grow with a data file", "resize {image} +1M --data-file {folder}/data.raw", fits=_has_data_file),
+    Command(
+        "grow with a data file, with undo",
+        "resize {image} +1M --data-file {folder}/data.raw --undo {undo}",
+        fits=_has_data_file,
+    ),
     Command("grow, tail dirty, with undo", "resize {image} +1M --dirty-tail --undo {undo}", fits=_has_no_data_file),
     Command("shrink", "resize {image} -512k --shrink", fits=_has_no_data_file),
     Command("shrink to little", "resize {image} 64k --shrink --undo {undo}", fits=_has_no_data_file),
     Command("undo", "undo {image} {undo} --force", _undoable),
     Command("undo of a repair", "undo {image} {undo} --force", _repaired),
+    Command("bring a bitmap back", "undo {image} {undo} --bitmap b --stale", _quarantined),
     Command("after a crash", "repair {image} --yes --no-undo", _cut_short, status=(0, 3)),
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.crash.calls import FLUSHES, LENGTHS, NAMES, OTHERS, READS, WRITES
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -20,37 +22,37 @@ class Fault:
         calls: functions of `os`.
         code: the error; None for a call that does only half of what it was asked for.
         sticky: every later call fails too.
+        few: in an ordinary run only every so many of these calls fails, as there are many.
     """
 
     name: str
     calls: tuple[str, ...]
     code: int | None
     sticky: bool = False
+    few: int = 1
 
     def __str__(self) -> str:
         return self.name
 
 
-_READS, _WRITES, _FLUSHES = ("pread", "preadv"), ("pwrite",), ("fsync", "fdatasync")
-_OTHERS = ("ftruncate", "link", "unlink", "lseek", "fstat", "fstatvfs", "utime")
+_REST = (*LENGTHS, *NAMES, *OTHERS)
 
 FAULTS = (
-    Fault("read error", _READS, errno.EIO),
-    Fault("read errors", _READS, errno.EIO, sticky=True),
-    Fault("short read", _READS, None),
-    Fault("short reads", _READS, None, sticky=True),
-    Fault("write error", _WRITES, errno.EIO),
-    Fault("write errors", _WRITES, errno.EIO, sticky=True),
-    Fault("disk full", _WRITES, errno.ENOSPC),
-    Fault("disk full for good", _WRITES, errno.ENOSPC, sticky=True),
-    Fault("short write", _WRITES, None),
-    Fault("short writes", _WRITES, None, sticky=True),
-    Fault("flush error", _FLUSHES, errno.EIO),
-    Fault("flush errors", _FLUSHES, errno.EIO, sticky=True),
-    Fault("other error", _OTHERS, errno.EIO),
-    Fault("other errors", _OTHERS, errno.EIO, sticky=True),
-    Fault("interrupted", (*_READS, *_WRITES, *_FLUSHES, *_OTHERS), errno.EINTR),
-    Fault("open error", ("open",), errno.EACCES),
+    Fault("read error", READS, errno.EIO, few=20),
+    Fault("read errors", READS, errno.EIO, sticky=True, few=20),
+    Fault("short read", READS, None, few=20),
+    Fault("short reads", READS, None, sticky=True, few=20),
+    Fault("write error", WRITES, errno.EIO, few=6),
+    Fault("write errors", WRITES, errno.EIO, sticky=True, few=6),
+    Fault("disk full", WRITES, errno.ENOSPC, few=6),
+    Fault("disk full for good", WRITES, errno.ENOSPC, sticky=True, few=6),
+    Fault("short write", WRITES, None, few=6),
+    Fault("short writes", WRITES, None, sticky=True, few=6),
+    Fault("flush error", FLUSHES, errno.EIO),
+    Fault("flush errors", FLUSHES, errno.EIO, sticky=True),
+    Fault("other error", _REST, errno.EIO, few=10),
+    Fault("other errors", _REST, errno.EIO, sticky=True, few=10),
+    Fault("open error", ("open",), errno.EACCES, few=2),
 )
 
 

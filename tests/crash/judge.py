@@ -110,13 +110,13 @@ class Judge:
         except Qcow2bmError as error:
             return f"cannot be opened: {error}"
         both = (self._old, self.new)
-        wrong = {
-            f"qemu-img check ends with {found.status}": found.status not in (*SOUND, *(one.status for one in both)),
-            f"damaged: {', '.join(found.damage)}": not found.damage <= self._old.damage | self.new.damage,
-            "bitmaps and disk are not both old or both new": (found.bitmaps, found.disk)
-            not in [(one.bitmaps, one.disk) for one in both],
-        }
-        return next((text for text, is_so in wrong.items() if is_so), None)
+        if found.status not in (*SOUND, *(one.status for one in both)):
+            return f"qemu-img check ends with {found.status}"
+        if damage := found.damage - self._old.damage - self.new.damage:
+            return f"damaged: {', '.join(sorted(damage))}"
+        if (found.bitmaps, found.disk) not in [(one.bitmaps, one.disk) for one in both]:
+            return "bitmaps and disk are not both old or both new"
+        return None
 
     def verdict_of_qemu(self) -> str | None:
         """The same by QEMU's own reading, for a sample: it takes a hundred times as long."""

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.crash.calls import CHANGING
 from tests.crash.commands import Command
 from tests.crash.disk import Folder
 from tests.crash.shapes import Shape
@@ -41,11 +42,11 @@ def slow(real):
         return real(*words, **options)
     return call
 
-for name in ("pwrite", "fsync", "fdatasync", "ftruncate", "link", "unlink"):
+for name in sys.argv[3].split(","):
     setattr(os, name, slow(getattr(os, name)))
 
 from qcow2bm.__main__ import main
-sys.exit(main(sys.argv[3:]))
+sys.exit(main(sys.argv[4:]))
 """
 
 
@@ -97,8 +98,8 @@ def _run(words: list[str], number: signal.Signals | None, delay: float) -> _Ende
     """Start the command, and send the signal so many seconds after its first write."""
     reading, writing = os.pipe()
     with subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(PAUSE), str(writing), *words], cwd=Path.cwd(), pass_fds=(writing,),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", _CHILD, str(PAUSE), str(writing), ",".join(CHANGING), *words],
+        cwd=Path.cwd(), pass_fds=(writing,), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
     ) as child:  # fmt: skip
         os.close(writing)
         os.read(reading, 1)  # the first write, or the end of a process that writes nothing

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from tests.crash.calls import CHANGING
 from tests.crash.disk import Folder, Op
 
 
@@ -30,7 +31,7 @@ def recorded(folder: Path) -> Iterator[list[Op]]:
     )
 
 
-_RECORDED = ("open", "pwrite", "ftruncate", "fsync", "fdatasync", "link", "unlink", "rename", "replace")
+_RECORDED = ("open", *CHANGING)
 
 
 class _Recorder:

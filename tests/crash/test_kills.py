@@ -21,4 +21,5 @@ def test_a_process_that_is_ended_leaves_the_old_state_or_the_new_one(
     name: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     outcome = kill(tmp_path, named(COMMANDS, name), SHAPES[0], number, rounds=3)
+    assert outcome.states, "every signal came too late"
     assert not outcome.bad, "\n".join(outcome.bad)

@@ -12,9 +12,6 @@ from tests.crash.faults import Fault, failing
 from tests.crash.shapes import Shape
 from tests.crash.trial import Outcome, Trial, quiet
 
-FAILED = (1, 2, 4)
-"""How a command may end that met a fault: 2 and 4 are of a repair that was refused on what it could not read."""
-
 EACH_OF = 200
 """The first calls, of which each fails once."""
 
@@ -62,8 +59,8 @@ def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) 
         return None
     if fault.code is None:
         return f"half a call is no error, but it ended with {status}: {said!r}"
-    if status not in FAILED:
+    if status not in command.failed:
         return f"it ended with {status}: {said!r}"
-    if not any(file.name in said for file in image.parent.iterdir()):
+    if not any(str(file) in said for file in (image.parent, *image.parent.iterdir())):
         return f"it does not name the image, nor a file of it: {said!r}"
     return None

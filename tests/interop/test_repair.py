@@ -158,6 +158,29 @@ def test_boot_rescue_leaves_the_other_bitmaps_as_they_are(damage: str, tmp_path:
     assert digest(image) == before
 
 
+@pytest.mark.parametrize("behind", [0, 600], ids=["the last extension", "another one behind it"])
+def test_a_bitmaps_extension_of_version_2_goes_and_the_others_stay(behind: int, tmp_path: Path) -> None:
+    """Where a version 3 header has its feature bits, one of version 2 has extensions already."""
+    image, base = tmp_path / "vm.qcow2", tmp_path / "base.raw"
+    base.write_bytes(bytes(MIB))
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"compat=0.10,backing_file={base},backing_fmt=raw", image, "1M")
+    raw = Raw.load(image)
+    at, length = raw.number(8), raw.number(16, 4)
+    raw.put(8, 4096)
+    raw.data[4096 : 4096 + length] = raw.data[at : at + length]
+    raw.insert_extension(bytes(16), kind=BITMAPS)
+    if behind:
+        raw.insert_extension(bytes(range(200)) * (behind // 200))
+    raw.save(image)
+    assert check(image)["returncode"] == 1, "QEMU refuses it"
+    extensions = Raw.load(image).extensions()
+    repaired(image)
+    found = Raw.load(image).extensions()
+    assert found.keys() == extensions.keys() - {BITMAPS}
+    assert "backing file format: raw" in qemu_img("info", image).stdout
+    assert not behind or bytes(range(200)) * (behind // 200) in image.read_bytes()
+
+
 def test_a_quarantined_bitmap_comes_back(tmp_path: Path, capsys) -> None:
     image = create(tmp_path / "vm.qcow2", "mon", "tue")
     bits = read_bitmaps(image)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from qcow2bm.image import undo_writer
+from qcow2bm.image.file import ImageFile
 from tests.support.qemu import qemu_img, qemu_io
 
 MIB = 1 << 20
@@ -48,6 +51,26 @@ def test_undo_sees_that_the_data_file_was_written_to(
     assert image.read_bytes() == before
     assert f"its data file {external} is not part of that" in err
     assert external.stat().st_size == length
+
+
+def test_a_data_file_has_its_length_again_although_the_undo_file_cannot_be_removed(
+    tmp_path: Path, run, monkeypatch
+) -> None:
+    """What fails while all is put back neither stops that nor hides what failed first."""
+    image = create(tmp_path, "data_file=external")
+    before, length = image.read_bytes(), image.with_name("external").stat().st_size
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "no such luck")
+
+    monkeypatch.setattr(ImageFile, "write_at", fails)
+    monkeypatch.setattr(undo_writer, "drop", fails)
+    words = ("resize", image, "2M", "--data-file", image.with_name("external"), "--undo", tmp_path / "undo")
+    status, _, err = run(*words)
+    assert status == 1
+    assert "writing failed (Input/output error); everything was put back" in err
+    assert image.read_bytes() == before
+    assert image.with_name("external").stat().st_size == length
 
 
 def test_undo_says_what_becomes_of_a_data_file_that_was_not_written_to(tmp_path: Path, run) -> None:

@@ -1,0 +1,12 @@
+"""The functions of `os` that a command works on files with: what is recorded, fails, is slowed down or interrupted."""
+
+from __future__ import annotations
+
+READS = ("pread", "preadv")
+WRITES = ("pwrite",)
+LENGTHS = ("ftruncate",)
+FLUSHES = ("fsync", "fdatasync")
+NAMES = ("link", "unlink", "rename", "replace")
+CHANGING = (*WRITES, *LENGTHS, *FLUSHES, *NAMES)
+OTHERS = ("lseek", "fstat", "fstatvfs", "utime")
+"""Those that neither read nor change what a file holds, how long it is, or its name."""
