@@ -364,11 +364,15 @@ def undo(
     """Put back what a change replaced: the image is then byte for byte what it was.
 
     Args:
-        force: do it although the image's time stamp says that it was touched since.
+        force: do it although a time stamp says that the image or its data file was touched since, or none tells: on a
+            device, after a crash that cut the change short. Content that has changed is refused all the same.
 
     Raises:
         UndoError: the undo file is damaged or was used, or the image has changed since.
         InUseError: another process has the image open.
+        LockingUnavailableError: the file system has no locks.
+        ImageIOError: a read or write failed. What was begun is finished by doing it again, or by the next command.
+        FlushError: what reached the disk is unknown.
     """
     from .image.undo import UndoFile  # its structures take time to declare
 
@@ -379,7 +383,8 @@ def undo(
                 take_locks(file, writable=True, force_share=False)
             is_journal = _are_same(file.journal, Path(undo_file))
             # By force the journal of an image that nothing has protected is put back, which settling it does not do.
-            if not (force and is_journal) and settle_interrupted(file, writable=True) and is_journal:
+            settled = None if force and is_journal else settle_interrupted(file, writable=True)
+            if settled is not None and settled.rolled_back and is_journal:
                 return  # a crash had cut the change short, and what settles that is the undo file by its other name
             with UndoFile(Path(undo_file)) as old:
                 old.restore(file, force=force)

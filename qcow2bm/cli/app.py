@@ -24,6 +24,9 @@ app: typer.Typer
 PROGRAM = "qcow2bm"
 _FORMAT = "qcow2"
 _COMPLETION = "_QCOW2BM_COMPLETE"
+_SIZES = ("COLUMNS", "LINES", "TERMINAL_WIDTH")
+"""Environment variables by which a caller says how large the terminal is."""
+_WIDEST = 500
 USAGE_STATUS = 64
 
 _LOOK, _CHANGE, _COMBINE, _SAFETY = "Look", "Change", "Combine", "Safety"
@@ -136,6 +139,7 @@ def run(words: list[str]) -> int:
     Raises:
         Qcow2bmError, OSError: the command failed.
     """
+    _cap_width()
     completing = _COMPLETION in os.environ
     called = next((word for word in words if not word.startswith("-")), None)
     only = [called] if called in COMMANDS and called == words[0] and not completing else COMMANDS
@@ -151,6 +155,18 @@ def run(words: list[str]) -> int:
         return 1
     except _UsageError as error:
         return _explain_usage(error)
+
+
+def _cap_width() -> None:
+    """Let nobody ask for lines of a million columns: the help would be drawn that wide."""
+    for name in _SIZES:
+        asked = os.environ.get(name)
+        if asked is None:
+            continue
+        if not (asked.isascii() and asked.isdecimal() and asked.strip("0")):
+            del os.environ[name]
+        elif len(asked.lstrip("0")) > len(str(_WIDEST)) or int(asked) > _WIDEST:
+            os.environ[name] = str(_WIDEST)
 
 
 def _explain_usage(error: Any) -> int:  # noqa: ANN401 - a class that Typer does not export

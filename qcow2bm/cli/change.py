@@ -15,9 +15,9 @@ from ..errors import UsageError, naming
 from ..image.plan import DataFile, DiskSize, Plan, Stage
 from .committing import commit, reporting
 from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
-from .output import JsonObject, Output, print_json, warn
+from .output import JsonObject, Output, print_json
 from .progress import ProgressBar
-from .reading import bitmaps_json, warn_unlocked
+from .reading import bitmaps_json, warn_opened
 from .sizes import human_size
 from .terminal import painted, printable
 
@@ -88,10 +88,7 @@ def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How
     A dry run opens the image as a reader, so that it cannot write even if it wanted to.
     """
     with api.open(path, writable=not how.dry_run, use_locks=how.use_locks) as image:
-        if how.use_locks and not image.qcow2.locked:
-            warn_unlocked(path)
-        if image.qcow2.rolled_back:
-            warn("an earlier change was cut short by a crash; it was rolled back first", path)
+        warn_opened(path, unlocked=how.use_locks and not image.qcow2.locked, settled=image.qcow2.settled)
         with naming(path):
             plan = planned(image)
         if how.dry_run:
@@ -99,7 +96,7 @@ def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How
         else:
             with ProgressBar(wanted=how.progress) as bar:
                 commit(image, plan, undo=how.undo, progress=bar)
-            with reporting():
+            with reporting(path):
                 _print_result(image, plan, how)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -16,6 +17,7 @@ from ..checks.runner import DEFAULT_LIMIT
 from ..checks.runner import check as check_image
 from ..errors import Qcow2bmError, UsageError
 from ..image.references import Kind
+from .committing import reporting
 from .failures import worst
 from .list import ImagesArgument
 from .options import ForceShareOption, OutputOption, ProgressOption
@@ -120,7 +122,9 @@ def _repair(images: list[Path], mend: Mend, output: Output, progress: bool | Non
             documents.append(_failure(path, error))
             statuses.append(error.exit_status)
     if output is Output.JSON:
-        print_json({"images": documents})
+        changed = [path for path, document in zip(images, documents, strict=True) if document.get("changed")]
+        with reporting(*changed) if changed else contextlib.nullcontext():
+            print_json({"images": documents})
     return worst(statuses)
 
 

@@ -36,8 +36,8 @@ def committing(plan: Plan, progress: Progress | None) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[None]:
-    """While a change that is done is reported: what fails then says so.
+def reporting(*images: Path) -> Iterator[None]:
+    """While a change of these images that is done is reported: what fails then says so.
 
     Raises:
         ImageIOError: nothing can be printed.
@@ -48,7 +48,24 @@ def reporting() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ImageIOError(f"the change is done, but it could not be reported: {error.strerror}") from error
+        text = f"the change is done, but it could not be reported: {error.strerror}"
+        raise ImageIOError(text, image=", ".join(map(str, images)) or None) from error
+
+
+@contextlib.contextmanager
+def proposing() -> Iterator[None]:
+    """While it is printed what a command is about to do: what cannot be shown is not done.
+
+    Raises:
+        ImageIOError: nothing can be printed.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ImageIOError(f"standard output: {error.strerror}", hint="nothing was written") from error
 
 
 def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:

@@ -49,7 +49,7 @@ def guarded(run: Callable[[], int], *, debug: bool) -> int:
     try:
         with _ending_signals_raise():
             status = run()
-            sys.stdout.flush()
+            _flush()
             return status
     except BaseException as error:  # noqa: BLE001 - this is where every one of them ends
         if debug and not isinstance(error, SystemExit):
@@ -57,6 +57,14 @@ def guarded(run: Callable[[], int], *, debug: bool) -> int:
 
             traceback.print_exception(error)
         return _explained(error)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = "standard output"
+        raise
 
 
 def _explained(error: BaseException) -> int:

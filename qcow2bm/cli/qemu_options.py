@@ -128,7 +128,8 @@ def refusing(name: str, given_format: str | None, *, writable: bool) -> Iterator
         raise RefusedError(f"{failed}{error.message}", _WITHOUT_LOCKS) from None
     except (InterruptedChangeError, UndoError) as error:
         # A change that a crash cut short is ours to settle: QEMU must not write over it.
-        raise RefusedError(f"{failed}{error.message}; {error.hint}") from None
+        advice = f"; {error.hint}" if error.hint else ""
+        raise RefusedError(f"{failed}{error.message}{advice}") from None
     except NotQcow2Error:
         if given_format is None:
             raise ForeignError from None

@@ -118,7 +118,7 @@ def repair(file: ImageFile, name: str, mode: Mode, totals: Totals, *, locked: bo
         for event in work.close():
             totals.say(words(event))
         totals.flush()
-        _write(work)
+        totals.changed = _write(work)
 
 
 def _is_to_be_checked_again(work: Repair, inspection: Inspection, totals: Totals) -> bool:
@@ -157,10 +157,10 @@ def mend_dirty(file: ImageFile, name: str, *, locked: bool) -> None:
         _write(work)
 
 
-def _write(work: Repair) -> None:
-    """Write the repair. A signal counts as long as everything can be put back."""
+def _write(work: Repair) -> bool:
+    """Write the repair; False if there is none. A signal counts as long as everything can be put back."""
     with Postponed() as signals:
         try:
-            work.commit(progress=lambda _done, _total: signals.end_if_asked())
+            return work.commit(progress=lambda _done, _total: signals.end_if_asked())
         except Qcow2bmError as error:
             raise RefusedError(f"Check failed: {error}") from None

@@ -23,7 +23,8 @@ ExtentsOption = Annotated[
     Path | None,
     typer.Option(
         "--from-extents", metavar="FILE", show_default=False,
-        help="Ranges from a list, `-` for stdin: JSON of `qemu-img map`, `nbdinfo --map` or `show`, or CSV.",
+        help="Ranges from a list: JSON of `qemu-img map`, `nbdinfo --map` or `show`, or CSV. "
+        "It may come through a pipe; `-` is stdin.",
     ),
 ]  # fmt: skip
 WhereOption = Annotated[

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .. import api
 from ..bitmap.store import State
 from ..errors import InUseError, naming
 from .output import Cell, JsonObject, warn
 from .sizes import human_size, percent
+
+if TYPE_CHECKING:
+    from ..image.undo import Settled
 
 T = TypeVar("T")
 
@@ -28,6 +31,17 @@ def reading(path: Path, *, force_share: bool) -> Iterator[api.Image]:
         elif not image.qcow2.locked:
             warn_unlocked(path)
         yield image
+
+
+def warn_opened(path: Path, *, unlocked: bool, settled: Settled | None) -> None:
+    """What is to be said where an image was opened to be changed."""
+    if unlocked:
+        warn_unlocked(path)
+    if settled is not None and settled.rolled_back:
+        warn("an earlier change was cut short by a crash; it was rolled back first", path)
+    if settled is not None and settled.set_aside is not None:
+        text = "the journal beside it is another file's, or of an earlier state of this one"
+        warn(f"{text}: it is {settled.set_aside} now", path)
 
 
 def warn_unlocked(path: Path) -> None:

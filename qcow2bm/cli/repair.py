@@ -15,14 +15,14 @@ from ..checks.model import RepairClass, Report
 from ..errors import OutdatedPlanError, UndoError, UsageError
 from ..repair.model import RepairPolicy, Salvage, Scope, Step
 from ..repair.session import Repair, default_undo, repairing
-from .committing import committing, reporting
+from .committing import committing, proposing, reporting
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption
-from .output import Output, print_json, warn
+from .output import Output, print_json
 from .progress import ProgressBar
-from .reading import warn_unlocked
+from .reading import warn_opened
 from .repair_output import print_plan, print_result, repair_json, step_lines
 from .saved_plan import load_plan, save_plan
-from .terminal import printable
+from .terminal import is_terminal, printable
 
 
 class Allow(StrEnum):
@@ -219,7 +219,7 @@ def repair(
     _require_sense(policy, manner)
     document, report = run(image, policy, manner)
     if output is Output.JSON:
-        with reporting() if document["changed"] else contextlib.nullcontext():
+        with reporting(image) if document["changed"] else contextlib.nullcontext():
             print_json({"command": "repair", **document})
     return report.exit_status
 
@@ -270,7 +270,8 @@ def _require_sensible_salvage(policy: RepairPolicy) -> None:
 
 
 def _is_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stderr.isatty()
+    """True if somebody can be asked; a stream that the caller has closed is none."""
+    return sys.stdin is not None and is_terminal(sys.stdin) and is_terminal(sys.stderr)
 
 
 def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, object], Report]:
@@ -294,15 +295,14 @@ def run(image: Path, policy: RepairPolicy, manner: Manner) -> tuple[dict[str, ob
             image, policy, writable=not manner.dry_run, use_locks=manner.use_locks, ask=ask, progress=bar
         ) as session,
     ):
-        if manner.use_locks and not session.locked:
-            warn_unlocked(image)
-        if session.rolled_back:
-            warn("an earlier change was cut short by a crash; it was rolled back first", image)
+        warn_opened(image, unlocked=manner.use_locks and not session.locked, settled=session.settled)
         if session.file.is_device and policy.keeps_undo and manner.undo is None and not manner.dry_run:
             text = "a repair on a device needs a journal, and that a place which a crash leaves alone"
-            raise UndoError(text, hint="name a file on another disk: `qcow2bm repair DEVICE --undo FILE`")
+            hint = "name a file on another disk: `qcow2bm repair DEVICE --undo FILE`"
+            raise UndoError(text, hint=hint, image=image)
         if manner.expected is not None and session.fingerprint != manner.expected:
-            raise OutdatedPlanError("the image has changed since the plan was made", hint="make a new plan")
+            text = "the image has changed since the plan was made"
+            raise OutdatedPlanError(text, hint="make a new plan", image=image)
         if manner.save is not None:
             save_plan(manner.save, session, policy, frozenset(declined), image)
         return _finish(session, image, policy, manner)
@@ -312,7 +312,8 @@ def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) 
     """Show the plan, ask, carry it out, and say what came of it."""
     human = manner.output is Output.HUMAN
     if human:
-        print_plan(image, session.plan)
+        with proposing():
+            print_plan(image, session.plan)
     if manner.dry_run or not session.plan.plan:
         if human and session.plan.plan:
             print("dry run: nothing was written")
@@ -326,7 +327,7 @@ def _finish(session: Repair, image: Path, policy: RepairPolicy, manner: Manner) 
     with committing(session.plan.plan, None) as written:
         report = session.commit(undo=undo, progress=written)
     if human:
-        with reporting():
+        with reporting(image):
             print_result(report, undo, image)
     return repair_json(image, session, changed=True, undo=undo, report=report), report
 

@@ -8,11 +8,11 @@ somebody has edited can only be refused, never make anything else be written.
 from __future__ import annotations
 
 import json
-import os
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import ExportFileError, UsageError, from_os_error
 from ..repair.model import RepairPolicy
 from ..repair.session import Repair
 from .repair_output import repair_json
@@ -23,11 +23,14 @@ _LARGEST = 1 << 30
 
 
 def save_plan(path: Path, session: Repair, policy: RepairPolicy, declined: frozenset[str], image: Path) -> None:
-    """Write a plan to a new file.
+    """Write a plan to a new file, which is there whole or not at all.
 
     Raises:
         UsageError: the file is there already.
+        ImageIOError: it cannot be written; the error names it.
     """
+    from ..image.export_file import NewFile  # rarely needed, and slow to load
+
     document = {
         "kind": _KIND,
         "version": _VERSION,
@@ -37,13 +40,12 @@ def save_plan(path: Path, session: Repair, policy: RepairPolicy, declined: froze
         "plan": repair_json(image, session, changed=False, undo=None),
     }
     try:
-        with path.open("x", encoding="ascii") as file:
-            json.dump(document, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except FileExistsError:
-        raise UsageError(f"{path} is there already", hint="name a new file for the plan") from None
+        with NewFile(path) as file:
+            for part in json.JSONEncoder(indent=2).iterencode(document):
+                file.write(part.encode("ascii"))
+            file.write(b"\n")
+    except ExportFileError as error:
+        raise UsageError(error.message, hint="name a new file for the plan") from None
 
 
 class Loaded(NamedTuple):
@@ -59,8 +61,12 @@ def load_plan(path: Path, *, keeps_undo: bool) -> Loaded:
 
     Raises:
         UsageError: it is no saved plan.
+        ImageIOError: it cannot be read; the error names it.
     """
-    document = _read(path)
+    try:
+        document = _read(path)
+    except OSError as error:
+        raise from_os_error(error, path) from error
     try:
         if document["kind"] != _KIND or document["version"] != _VERSION:
             raise ValueError
@@ -76,6 +82,8 @@ def load_plan(path: Path, *, keeps_undo: bool) -> Loaded:
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for its other end
+            raise ValueError
         with path.open("rb") as file:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:

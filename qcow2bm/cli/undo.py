@@ -19,7 +19,7 @@ from .failures import Postponed
 from .options import DryRunOption, ImageArgument, NoLockOption, OutputOption, ProgressOption, UndoOption
 from .output import Cell, Column, JsonObject, Output, print_json, print_pairs, print_table, warn
 from .progress import ProgressBar
-from .reading import warn_unlocked
+from .reading import warn_opened
 from .sizes import exact_size, human_size
 from .terminal import printable
 
@@ -108,7 +108,7 @@ def undo(
         with Postponed():  # done half, it would have to be done again
             noted = _noted(undo_file)
             api.undo(image, undo_file, force=force, use_locks=not no_lock)
-        with reporting():
+        with reporting(image):
             if output is Output.JSON:
                 print_json({**_head(image, undo_file), "changed": True, "data-file": _data_file_json(noted)})
             else:
@@ -180,21 +180,23 @@ def _data_file_json(noted: NotedDataFile | None) -> JsonObject | None:
 
 
 def _show(image: Path, undo_file: Path, output: Output) -> None:
-    with naming(image), api.open_undo(undo_file) as held:
-        undo = held.undo
-        noted = undo.data_file
-        made = None if undo.made_ns is None else datetime.fromtimestamp(undo.made_ns // 10**9, UTC).isoformat()
-        facts = {
-            "made": made,
-            "state": undo.state.name.lower().replace("_", "-"),
-            "bytes-replaced": undo.bytes_replaced,
-            "size-before": undo.size_before,
-            "size-after": undo.size_after,
-            "obstacle": api.why_not_undone(image, held),
-            "data-file": _data_file_json(noted),
-        }
+    with ExitStack() as stack:
+        with naming(image):
+            held = stack.enter_context(api.open_undo(undo_file))
+            undo, quarantined = held.undo, held.bitmaps
+            noted = undo.data_file
+            made = None if undo.made_ns is None else datetime.fromtimestamp(undo.made_ns // 10**9, UTC).isoformat()
+            facts = {
+                "made": made,
+                "state": undo.state.name.lower().replace("_", "-"),
+                "bytes-replaced": undo.bytes_replaced,
+                "size-before": undo.size_before,
+                "size-after": undo.size_after,
+                "obstacle": api.why_not_undone(image, held),
+                "data-file": _data_file_json(noted),
+            }
         if output is Output.JSON:
-            bitmaps = [_quarantined_json(bitmap) for bitmap in held.bitmaps]
+            bitmaps = [_quarantined_json(bitmap) for bitmap in quarantined]
             print_json({**_head(image, undo_file), "changed": False, **facts, "quarantined": bitmaps})
             return
         obstacle = facts["obstacle"]
@@ -207,12 +209,12 @@ def _show(image: Path, undo_file: Path, output: Output) -> None:
                 ("file grew by", exact_size(undo.size_after - undo.size_before)),
                 ("can be undone", Cell("yes", "green") if obstacle is None else Cell(f"no: {obstacle}", "red")),
                 *([("data file", f"not part of it: {noted.path}")] if noted is not None else []),
-                ("quarantined", f"bitmaps: {len(held.bitmaps)}" if held.bitmaps else "nothing"),
+                ("quarantined", f"bitmaps: {len(quarantined)}" if quarantined else "nothing"),
             ]
         )
-        if held.bitmaps:
+        if quarantined:
             print()
-            print_table(_COLUMNS, [_row(bitmap) for bitmap in held.bitmaps])
+            print_table(_COLUMNS, [_row(bitmap) for bitmap in quarantined])
 
 
 def _row(bitmap: Quarantined) -> list[str | Cell]:
@@ -254,10 +256,7 @@ def _bring_back(
 ) -> None:
     with ExitStack() as stack:
         image = stack.enter_context(api.open(path, writable=not wanted.dry_run, use_locks=use_locks))
-        if use_locks and not image.qcow2.locked:
-            warn_unlocked(path)
-        if image.qcow2.rolled_back:
-            warn("an earlier change was cut short by a crash; it was rolled back first", path)
+        warn_opened(path, unlocked=use_locks and not image.qcow2.locked, settled=image.qcow2.settled)
         with naming(path):
             image.qcow2.require_writable()
             held = stack.enter_context(api.open_undo(undo_file))
@@ -267,6 +266,7 @@ def _bring_back(
         if not wanted.dry_run:
             with ProgressBar(wanted=progress) as bar:
                 commit(image, plan, undo=wanted.keep, progress=bar)
+            stack.enter_context(reporting(path))
         if output is Output.JSON:
             facts = {
                 "dry-run": wanted.dry_run,

@@ -118,8 +118,6 @@ SNAPSHOT_FIELDS = field_offset("nb_snapshots")
 """Offset of nb_snapshots (4 bytes) and snapshots_offset (8 bytes): one sector, they switch together."""
 INCOMPATIBLE_FIELD = field_offset("incompatible_features")
 """Offset of incompatible_features (8 bytes)."""
-INCOMPATIBLE_PLACE = slice(INCOMPATIBLE_FIELD, INCOMPATIBLE_FIELD + 8)
-"""Where incompatible_features lies in the header."""
 AUTOCLEAR_FIELD = field_offset("autoclear_features")
 """Offset of autoclear_features (8 bytes)."""
 HEADER_LENGTH_FIELD = field_offset("header_length")

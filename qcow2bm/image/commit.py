@@ -32,9 +32,10 @@ from ..errors import (
     naming,
 )
 from .data_file import FollowingFile
-from .file import ImageFile, read_fd
+from .file import JOURNAL_SUFFIX, ImageFile, read_fd
 from .image import Qcow2Image
 from .plan import Kept, Plan, Stage, Write
+from .roll_back import Replaced, roll_back
 
 if TYPE_CHECKING:
     from .undo_writer import UndoWriter
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _IN_MEMORY = 8 << 20
 """Bytes to put back that are held in memory; the rest lies in a temporary file."""
+
+_NEXT_COMMAND = "the next command that opens the image for writing"
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes to write."""
@@ -68,15 +71,21 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
             commit(image, following)
 
 
+class _DoneError(ImageIOError):
+    """The change is done, and the message says so; what failed came after it."""
+
+
 @contextlib.contextmanager
 def _afterwards() -> Iterator[None]:
     """What fails in here does not take the change back, and says so."""
     try:
         yield
+    except _DoneError:  # of a change that follows this one: both are done
+        raise
     except (Qcow2bmError, OSError) as error:
         cause = from_os_error(error) if isinstance(error, OSError) else error
         text = f"the change is done, but not what was to follow it: {cause.message}"
-        raise ImageIOError(text, hint=RUN_CHECK) from error
+        raise _DoneError(text, hint=RUN_CHECK) from error
 
 
 def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
@@ -86,8 +95,8 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
             raise UsageError("the image is open read-only", hint="open it with writable=True")
         _require_as_planned(file, plan)
         _require_space(file, plan)
-        if undo is not None and undo.parent.resolve() / undo.name == file.journal:
-            raise UndoError(f"{undo} is the name of the image's journal", hint="give the undo file another one")
+        if undo is not None and undo.name.endswith(JOURNAL_SUFFIX):
+            raise UndoError(f"{undo} is the name of an image's journal", hint="give the undo file another one")
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
         with FollowingFile(plan.data_file) as data_file:
@@ -163,7 +172,9 @@ def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Ke
         return None
     from .undo_writer import UndoWriter  # rarely needed, and its structures take time to declare
 
-    return UndoWriter.create(path, file, plan.stages, plan.size_after, (*noted, *plan.kept))
+    size = plan.cluster_size
+    freed = ((cluster * size, (cluster + 1) * size) for cluster in plan.freed)
+    return UndoWriter.create(path, file, plan.stages, plan.size_after, kept=(*noted, *plan.kept), given_up=freed)
 
 
 class _OldBytes:
@@ -204,7 +215,7 @@ class _Engine:
         self._undo = undo
         self._progress = progress
         self._total = plan.bytes_written
-        self._done: list[list[tuple[Write, Callable[[], bytes]]]] = []
+        self._done: list[list[Replaced]] = []
         self._kept = _OldBytes()
         self._written = 0
         self._journal: UndoWriter | None = None
@@ -240,6 +251,7 @@ class _Engine:
         # A device has no place beside it that outlives a crash: there the user's undo file is the journal.
         if not stage.journaled or self._journal is not None or self._file.is_device:
             return
+        self._file.require_its_name()
         journal, plan = self._file.journal, self._plan
         # Where all stages are journaled the undo file says the same as the journal would: a second name makes it both.
         if self._undo is not None and len(plan.journaled) == len(plan.stages) and self._undo.link(journal):
@@ -273,37 +285,42 @@ class _Engine:
         return self._file.read_at(write.offset, reached) if reached > 0 else b""
 
     def _roll_back(self) -> None:
-        """Put back what was there, newest first, and cut the file to its old length: every byte is as it was."""
+        """Put back what was there, and cut the file to its old length: every byte is as it was.
+
+        Raises:
+            ImageIOError: not all of it could be put back.
+        """
+        outcome = roll_back(self._file, self._done, self._plan.size_before)
+        cause = None if outcome.error is None else from_os_error(outcome.error).message
+        if outcome.stuck is not None:
+            text = f"writing failed, and so did putting back what was written ({cause})"
+            raise ImageIOError(text, hint=self._way_back(outcome.stuck)) from outcome.error
+        self.rolled_back = True
         try:
-            for writes in reversed(self._done):
-                for write, old in reversed(writes):
-                    before = old()
-                    # Where nothing was written nothing may be: on a full disk even zeroes do not fit into a hole.
-                    if before and self._file.read_padded(write.offset, len(before)) != before:
-                        self._file.write_at(write.offset, before)
-                self._file.barrier()
-            if self._file.size > self._plan.size_before:
-                self._file.truncate(self._plan.size_before)
-                self._file.barrier()
             self._drop_journal()
         except OSError as error:
-            cause = from_os_error(error)
-            raise ImageIOError(
-                f"writing failed, and so did putting back what was written ({cause.message})",
-                hint=(
-                    "the next command that opens the image for writing puts the rest back"
-                    if self._plan.journaled
-                    else f"the bitmaps are the old ones, clusters may be leaked; {RUN_CHECK}"
-                ),
-            ) from error
-        self.rolled_back = True
+            text = f"writing failed; the old state was put back, but its journal stays ({from_os_error(error).message})"
+            raise ImageIOError(text, hint=f"{_NEXT_COMMAND} removes it") from error
+        if outcome.error is not None:
+            text = f"writing failed, and some of what was written could not be taken back ({cause})"
+            hint = "nothing refers to that: bitmaps and disk are the old ones"
+            raise ImageIOError(text, hint=hint) from outcome.error
+
+    def _way_back(self, stuck: int) -> str:
+        """What becomes of an image that could not be put back: `stuck` is the stage where that ended."""
+        if self._journal is not None and self._plan.stages[stuck].journaled:
+            return f"{_NEXT_COMMAND} puts the rest back"
+        if self._undo is not None:
+            return f"`qcow2bm undo --force` with {self._undo.path} puts the rest back, if nobody uses the image before"
+        which = "the old ones or the new ones" if stuck == self._plan.commit_stage else "the old ones"
+        return f"the bitmaps are {which}, clusters may be leaked; {RUN_CHECK}"
 
     def _explain(self, error: OSError, number: int) -> Qcow2bmError:
         cause = from_os_error(error)
         if number <= self._plan.commit_stage:
             kind = NoSpaceError if error.errno in _FULL else ImageIOError
             return kind(f"writing failed ({cause.message})", hint="everything was put back as it was")
-        return ImageIOError(
+        return _DoneError(
             f"the change is done, but giving clusters back failed ({cause.message})",
             hint="`qcow2bm repair --only leaks` gives them back",
         )

@@ -19,7 +19,7 @@ from typing import BinaryIO, Self
 
 from ..errors import ExportFileError, from_os_error, naming
 from ..format.header import MAGIC as QCOW2_MAGIC
-from .file import read_fd
+from .file import close_fd, read_fd
 from .undo_writer import sync_folder
 
 _PIECE = 1 << 20
@@ -102,7 +102,7 @@ class NewFile:
         except FileExistsError:
             raise
         except OSError:  # a file system without hard links: take the name first, for which there is no other way
-            os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
+            close_fd(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
             try:
                 self._temporary.replace(self._path)
             except BaseException:
@@ -162,7 +162,7 @@ class Input:
                 regular = stat.S_ISREG(os.fstat(fd).st_mode)
                 stream = os.fdopen(fd, "rb", _PIECE)
             except BaseException:
-                os.close(fd)
+                close_fd(fd)
                 raise
         found = cls(stream, str(path), spool=None if regular else _spool())
         found._own = True
@@ -178,7 +178,8 @@ class Input:
         if self._spool is not None:
             self._spool.close()
         if self._own:
-            self._stream.close()
+            with contextlib.suppress(OSError):  # it was only read
+                self._stream.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,24 +1,27 @@
 """Positional reads, writes and barriers on one regular file or block device.
 
-The only place that opens anything. A name is opened once and kept open: locks belong to this open file description,
+The only place that opens images. A name is opened once and kept open: locks belong to this open file description,
 and a name that is opened twice may be two different files.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from ..errors import FlushError, ImageIOError, NotQcow2Error, TruncatedImageError, naming
 from ..format.limits import MAX_CLUSTER_BITS
 
-_JOURNAL_SUFFIX = ".qcow2bm-journal"
+JOURNAL_SUFFIX = ".qcow2bm-journal"
+"""Of the journal beside an image."""
 UNDO_SUFFIX = ".qcow2bm-undo"
 """Of the undo file beside an image where the user names no other."""
 
@@ -72,15 +75,32 @@ class ImageFile:
                     raise ImageIOError("the device is read-only")
                 size = os.lseek(fd, 0, os.SEEK_END)
             except BaseException:
-                os.close(fd)
+                close_fd(fd)
                 raise
             return cls(fd, name, writable=writable, size=size, is_device=stat.S_ISBLK(mode))
 
+    @cached_property
+    def real(self) -> Path:
+        """The name of the file itself, by whatever link it was opened; asked for once, as links may change."""
+        return self.path.resolve()
+
     @property
     def journal(self) -> Path:
-        """Where a change that needs a journal keeps it: beside the file itself, by whatever link it was opened."""
-        real = self.path.resolve()
-        return real.with_name(real.name + _JOURNAL_SUFFIX)
+        """Where a change that needs a journal keeps it: beside the file itself."""
+        return self.real.with_name(self.real.name + JOURNAL_SUFFIX)
+
+    def require_its_name(self) -> None:
+        """Refuse to go by the name for what lies beside the file, when that has become another file's.
+
+        Raises:
+            ImageIOError: the file was renamed, removed or replaced since it was opened.
+        """
+        try:
+            named = self.real.stat()
+        except FileNotFoundError:
+            named = None
+        if named is None or not os.path.samestat(named, os.fstat(self.fd)):
+            raise ImageIOError(f"it was renamed or replaced while it was open: {self.real} is not it any more")
 
     @property
     def has_journal(self) -> bool:
@@ -101,8 +121,8 @@ class ImageFile:
     def close(self) -> None:
         """Close the file, which also drops its locks."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            close_fd(fd)
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`; what lies up to `slack` bytes past the end of the file is zeroes.
@@ -174,6 +194,16 @@ class ImageFile:
             return 0
         status = os.fstatvfs(self.fd)
         return status.f_bavail * status.f_frsize
+
+
+def close_fd(fd: int) -> None:
+    """Close a file of which all is flushed that counts. It is closed whatever happens.
+
+    An error of that is for what was written and not flushed, as on NFS: of a change that succeeded nothing is, and one
+    that failed has said so.
+    """
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def flush_error(error: OSError) -> FlushError:

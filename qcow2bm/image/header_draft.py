@@ -1,8 +1,8 @@
 """The first cluster as an edit's plan makes it, step by step.
 
 Why the image stays whole: steps that lie in one disk sector become one write, which the disk makes or does not make. A
-rewrite that one sector does not hold is bracketed by two that do: the first sets the corrupt bit, so that QEMU will not
-open a header that a crash tore, and the last clears it. The commit engine keeps a journal of the three.
+rewrite that one sector does not hold comes between setting a mark and clearing it, so that QEMU will not open a header
+that a crash tore. The commit engine keeps a journal of the three.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UnsupportedImageError
-from ..format.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD, KNOWN_AUTOCLEAR, Incompatible
+from ..format.header import AUTOCLEAR_FIELD, KNOWN_AUTOCLEAR
 from .image import Qcow2Image
+from .mark import FEATURES, bracketed, with_mark
 from .plan import Stage, Switch, Write, fits_a_sector
 
 
@@ -96,23 +97,14 @@ class HeaderDraft:
                 "a version 2 header cannot be rewritten in more than one sector: no corrupt bit would keep QEMU out",
                 hint="`qemu-img amend -o compat=1.1` makes it version 3",
             )
-        plain = int(self.image.header.incompatible_features)
-        marked = plain | Incompatible.CORRUPT
-        mark = Step(INCOMPATIBLE_FIELD, marked.to_bytes(8, "big"), "")  # the rewrite may lie around it
-        write = self._write([mark], self.steps, name)
-        stages = (
-            set_features("the corrupt bit keeps QEMU out while the header is rewritten", plain, marked),
-            Stage(write.purpose, (write,), journaled=True),
-            set_features("the corrupt bit is cleared again", marked, plain),
-        )
-        return Switch(stages, commit=2)
-
-
-def set_features(purpose: str, old: int, new: int) -> Stage:
-    """A stage that changes the incompatible features alone, which is one sector: around those that a crash may tear."""
-    text = f"header: {purpose}"
-    write = Write.replace(INCOMPATIBLE_FIELD, old.to_bytes(8, "big"), new.to_bytes(8, "big"), text)
-    return Stage(text, (write,), journaled=True)
+        before, after = bytearray(self._before), bytearray(self._after(self.steps))
+        features = bytes(before[FEATURES]), bytes(after[FEATURES])
+        before[FEATURES], after[FEATURES] = map(with_mark, features)
+        start = min(step.offset for step in self.steps)
+        end = max(step.offset + len(step.data) for step in self.steps)
+        write = Write.replace(start, bytes(before[start:end]), bytes(after[start:end]), f"header: {name}")
+        stages = bracketed(*features, [Stage(write.purpose, (write,), journaled=True)])
+        return Switch(tuple(stages), commit=len(stages) - 1)
 
 
 def clear_unknown_autoclear(image: Qcow2Image) -> list[Write]:

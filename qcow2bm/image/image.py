@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..errors import (
     InterruptedChangeError,
@@ -28,6 +28,9 @@ from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from ..format.text import decode_name
 from . import lock
 from .file import ImageFile
+
+if TYPE_CHECKING:
+    from .undo import Settled
 
 OpenFile = Callable[..., ImageFile]
 
@@ -51,7 +54,7 @@ class Qcow2Image:
         geometry: index arithmetic.
         head: the bytes of the first cluster as far as the file has them.
         locked: False if no lock protects what is read: it may be stale.
-        rolled_back: True if opening found a change that a crash had cut short, and undid it.
+        settled: what opening did with the journal that a crash had left; None if there was none.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Qcow2Image:
         self.extensions = extensions
         self.geometry: Geometry = header.geometry
         self.locked = locked
-        self.rolled_back = False
+        self.settled: Settled | None = None
 
     @classmethod
     def open(
@@ -96,15 +99,20 @@ class Qcow2Image:
         try:
             with naming(file.path):
                 locked = use_locks and take_locks(file, writable=writable, force_share=force_share)
-                rolled_back = settle_interrupted(file, writable=writable)
+                settled = settle_interrupted(file, writable=writable)
                 image = cls(file, *read_head(file), locked=locked and not force_share)
-                image.rolled_back = rolled_back
+                image.settled = settled
                 if writable:
                     image.require_writable()
                 return image
         except BaseException:
             file.close()
             raise
+
+    @property
+    def rolled_back(self) -> bool:
+        """True if opening found a change that a crash had cut short, and undid it."""
+        return self.settled is not None and self.settled.rolled_back
 
     def reload(self) -> None:
         """Read header and extensions again, after a commit has changed them."""
@@ -193,8 +201,8 @@ def take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
     return True
 
 
-def settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
-    """Settle what a crash cut short, or refuse to read an image in that state; True if something was rolled back.
+def settle_interrupted(file: ImageFile, *, writable: bool) -> Settled | None:
+    """Settle what a crash cut short, or refuse to read an image in that state; None if there was no journal.
 
     The caller holds the lock that goes with it.
 
@@ -203,12 +211,12 @@ def settle_interrupted(file: ImageFile, *, writable: bool) -> bool:
         UndoError: the journal is damaged, or the image is not as the crash left it.
     """
     if not file.has_journal:
-        return False
+        return None
     from .undo import has_torn, settle_journal  # rarely needed, and its structures take time to declare
 
     if not writable:
         if not has_torn(file):
-            return False
+            return None
         raise InterruptedChangeError(
             f"a change was cut short by a crash: there is a journal {file.journal}",
             hint="the next command that opens the image for writing settles it",

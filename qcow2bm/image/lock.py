@@ -29,6 +29,8 @@ _UNSHARED = 200
 _FLOCK = struct.Struct("@hhqqi4x")
 _NO_LOCKS = {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _ATTEMPTS = 6
+_PAUSE = 0.008
+"""Seconds, times the number of the attempt, of which a random part is waited: two that met are not to meet again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ def _contend(fd: int, claim: Claim) -> list[int]:
         if not met:
             return []
         release(fd)
-        time.sleep(0.008 * (attempt + 1) * int.from_bytes(os.urandom(2), "big") / (1 << 16))
+        # Not from `random`: two processes that were forked may have the same state of it, and it is slow to load.
+        time.sleep(_PAUSE * (attempt + 1) * int.from_bytes(os.urandom(2), "big") / (1 << 16))
     return met
 
 

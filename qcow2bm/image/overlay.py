@@ -14,10 +14,9 @@ from tempfile import TemporaryFile
 from typing import IO, NamedTuple
 
 from ..errors import TruncatedImageError
-from ..format.header import INCOMPATIBLE_PLACE, Incompatible
 from .file import ImageFile, read_fd, write_fd
-from .header_draft import set_features
 from .image import Qcow2Image
+from .mark import FEATURES, bracketed, with_mark
 from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
 
 _PAGE = 4096
@@ -262,27 +261,16 @@ class OverlayFile(ImageFile):
 
 
 def _marked(image: Qcow2Image, stages: list[Stage]) -> list[Stage]:
-    """The stages between one that sets the corrupt bit and one that clears it, each of a single sector.
-
-    By that bit whoever finds the journal knows that nobody has used the image since, so it must not be clear while
-    anything is torn. What an image that was marked already is to keep stays.
-    """
+    """The stages with the mark, by which whoever finds the journal knows that nobody has used the image since."""
     if image.header.version < 3:
         return stages
-    before = after = int(image.header.incompatible_features)
+    before = after = image.head[FEATURES]
     *others, last = stages
     write, *more = last.writes
-    if write.offset == 0:  # the header itself changes as well, and has the bit meanwhile
+    if write.offset == 0:  # the header itself changes as well, and has the mark meanwhile
         old, new = bytearray(write.old or b""), bytearray(write.read())
-        after = int.from_bytes(new[INCOMPATIBLE_PLACE], "big")
-        for content, features in ((old, before), (new, after)):
-            content[INCOMPATIBLE_PLACE] = (features | Incompatible.CORRUPT).to_bytes(8, "big")
+        after = bytes(new[FEATURES])
+        old[FEATURES], new[FEATURES] = with_mark(before), with_mark(after)
         changed = [Write.replace(0, bytes(old), bytes(new), write.purpose)] if old != new else []
         last = replace(last, writes=(*changed, *more))
-    stages = [*others, *([last] if last.writes else [])]
-    corrupt = Incompatible.CORRUPT
-    if not before & corrupt:
-        stages.insert(0, set_features("the corrupt bit keeps QEMU out meanwhile", before, before | corrupt))
-    if not after & corrupt:
-        stages.append(set_features("the corrupt bit is cleared again", after | corrupt, after))
-    return stages
+    return bracketed(before, after, [*others, *([last] if last.writes else [])])

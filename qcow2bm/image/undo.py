@@ -21,17 +21,33 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 from ..errors import UndoError, from_os_error
 from .file import ImageFile
+from .roll_back import put_back
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
-from .undo_standing import Since, Standing, fills, is_marked, is_own_work, marks, pieces, since, standing
-from .undo_writer import drop, second_copy, second_name, write_summary
+from .undo_standing import Since, Standing, fills, is_marked, is_own_work, pieces, sets_mark, since, standing
+from .undo_writer import drop, second_copy, second_name, sync_folder, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of the journal that a crash had left.
+
+    Attributes:
+        rolled_back: the change was torn, and the image is as it was before.
+        set_aside: where the journal is now, if it was not this image's.
+    """
+
+    rolled_back: bool = False
+    set_aside: Path | None = None
 
 
 class UndoFile(UndoReader):
@@ -54,6 +70,7 @@ class UndoFile(UndoReader):
 
         Raises:
             UndoError: the file is damaged, has been used already, or the image or its data file has changed since.
+            OSError, FlushError: not all is put back; it is "in progress", and can be done again.
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         require_restorable(self, image, force=force)
@@ -105,14 +122,11 @@ class UndoFile(UndoReader):
         # over the traces of a guest. Only the file's owner may set it; for others an older undo file needs --force.
         if stamp:
             with contextlib.suppress(PermissionError):
-                os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self._summary.mtime_before_ns))
+                os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self.mtime_before_ns))
 
     def _put_back_one(self, image: ImageFile, record: Record) -> None:
         for start, stop in pieces(record.offset, min(record.end, self.size_before)):
-            old = self.old(record, start, stop)
-            # Where nothing was written nothing need be: zeroes would fill a hole, for which a full disk has no room.
-            if image.read_padded(start, stop - start) != old:
-                image.write_at(start, old)
+            put_back(image, start, partial(self.old, record, start, stop))
 
     def _set_state(self, state: State) -> None:
         self._summary = replace(self._summary, state=state)
@@ -131,7 +145,7 @@ def is_torn(journal: UndoReader, image: ImageFile) -> bool:
     if journal.state is not State.IN_PROGRESS:
         return False
     found, marked = standing(journal, image), is_marked(image)
-    if found.finished or (marks(journal) and not marked):
+    if found.finished or (sets_mark(journal) and not marked):
         return False
     if found.untouched:
         # Nothing refers to a free cluster that was filled; but what somebody else has put there since is his.
@@ -156,14 +170,19 @@ def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = Fals
     """
     if undo.state is State.UNDONE:
         raise UndoError(f"{undo.path} has been used already")
-    if undo.state is State.IN_PROGRESS:
-        _require_half_way(undo, image, force=force)
+    found = standing(undo, image)
+    undone_in_part = not (undo.mtime_ns and found.finished)  # with a time stamp it was complete once
+    if undo.state is State.IN_PROGRESS and undone_in_part:
+        _require_half_way(undo, image, found, force=force)
     else:
         _require_undisturbed(undo, image, force=force)
     noted = undo.data_file
-    if noted is not None and noted.has_changed() and not force:
+    changed = noted is not None and noted.has_changed()
+    if noted is not None and changed is not False and not force:
         raise UndoError(
-            f"its data file {noted.path} was written to since the undo file was made, which the image does not show",
+            f"its data file {noted.path} was written to since the undo file was made, which the image does not show"
+            if changed
+            else f"nothing tells whether its data file {noted.path} was written to since the undo file was made",
             hint="guest data may be newer; --force puts the image back, and leaves the data file as it is",
         )
 
@@ -186,11 +205,10 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, *, force: bool) -> 
         )
 
 
-def _require_half_way(undo: UndoReader, image: ImageFile, *, force: bool) -> None:
+def _require_half_way(undo: UndoReader, image: ImageFile, found: Standing, *, force: bool) -> None:
     """A change, or an undo of it, was cut short. The image must be as that left it."""
-    found = standing(undo, image)
     _require_familiar(undo, found)
-    if not force:
+    if not found.untouched:
         _require_own_work(undo, image)
     # Only the corrupt bit would have kept others out, and nobody has noted the time stamp that the crash left.
     if not (found.untouched or is_marked(image) or force):
@@ -213,31 +231,74 @@ def _require_familiar(undo: UndoReader, found: Standing) -> None:
         raise UndoError(_CHANGED, hint=f"nothing was put back; if you know better, move {undo.path} away")
 
 
-def settle_journal(image: ImageFile) -> bool:
-    """Finish with the journal that a crash left beside an image; True if a torn change was rolled back.
+def settle_journal(image: ImageFile) -> Settled:
+    """Finish with the journal that a crash left beside an image.
+
+    What was torn is rolled back. A journal that has nothing to do with what the image is now may be all that leads back
+    another file, which was moved away before this one got its name: it is set aside.
 
     The caller holds the write lock.
 
     Raises:
         UndoError: the journal is damaged, or the image is not as the crash left it.
+        ImageIOError: the image is not the file of that name any more, or what lies beside it cannot be changed.
     """
-    path, rolled_back = image.journal, False
+    image.require_its_name()
+    path, rolled_back, belongs = image.journal, False, True
     try:
         if UndoFile.was_begun(path):
             with UndoFile(path) as journal:
+                belongs = _belongs(journal, image)
                 rolled_back = journal.settle(image)
-        drop(path)
+        if rolled_back or belongs:
+            drop(path)
+            return Settled(rolled_back)
+        return Settled(set_aside=_set_aside(path))
     except OSError as error:
         raise from_os_error(error, path) from error
-    return rolled_back
+    except UndoError as error:
+        raise _as_journal(error) from error.__cause__
+
+
+def _as_journal(error: UndoError) -> UndoError:
+    """An error about a file that has a journal's name, with advice where nobody can use it as one."""
+    # One that may not be opened may be a good one.
+    if error.hint is None and not isinstance(error.__cause__, OSError):
+        error.hint = "move it away: it is no journal that can be used, and `qcow2bm check` says how the image is"
+    return error
+
+
+def _belongs(journal: UndoReader, image: ImageFile) -> bool:
+    """False if a change is under way elsewhere: this image has not been reached by it, or no longer shows any of it."""
+    if journal.state is not State.IN_PROGRESS:
+        return True
+    found = standing(journal, image)
+    return found.finished or (found.untouched and os.fstat(image.fd).st_mtime_ns == journal.mtime_before_ns)
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a journal a name by which no image has it."""
+    numbers = (f".stale-{number}" if number else ".stale" for number in count())
+    aside = next(name for end in numbers if not os.path.lexists(name := path.with_name(path.name + end)))
+    path.rename(aside)
+    sync_folder(aside)
+    return aside
 
 
 def has_torn(image: ImageFile) -> bool:
-    """True if a crash has left an image that no reader can make sense of, until `settle_journal` has put it right."""
+    """True if a crash has left an image that no reader can make sense of, until `settle_journal` has put it right.
+
+    Raises:
+        UndoError: what lies in the journal's place is none.
+    """
     try:
         if not UndoReader.was_begun(image.journal):
             return False
         with UndoReader(image.journal) as journal:
             return is_torn(journal, image)
-    except (OSError, UndoError):
+    except OSError:
+        return True
+    except UndoError as error:
+        if error.hint is None:  # no command could settle it
+            raise _as_journal(error) from error.__cause__
         return True

@@ -4,10 +4,11 @@ Little-endian, each part with its own CRC-32C. First a header of 512 bytes, whic
 changes at one moment. Then the records, one for each write of the change: a fixed head, the old bytes (none if they
 were all zero) and, where a structure in use is rewritten, the new ones. Then what is kept although nothing overwrites
 it: the ranges with their labels, and their bytes in pieces, each piece of the file once, whatever ranges it lies in.
-The first range may be one without bytes, whose label notes how the external data file was left.
+The first range may be one without bytes, whose label notes how the external data file was left. Between the two come
+the clusters that the change gives up and its undoing takes back, of which there is only a checksum.
 
-Version 1 ends after the records, and says neither when it was made nor whether a crash could tear the change; it is
-read as ever.
+Version 1 ends after the records, and says neither when it was made nor whether a crash could tear the change. Version 2
+knows nothing of clusters that were given up, and of the header only the first sector. Both are read as ever.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import NamedTuple, Self
 
 from construct import Int32ul, Int64sl, Int64ul, Struct
 
+from ..format.header import CLUSTER_BITS_FIELD
+from ..format.limits import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
+from .file import ImageFile
 from .plan import SECTOR
 
 
@@ -30,8 +34,8 @@ class State(IntEnum):
     UNDONE = 3
 
 
-VERSION = 2
-_MAGIC = {1: b"QCOW2BM undo 1\n\0", VERSION: b"QCOW2BM undo 2\n\0"}
+VERSION = 3
+_MAGIC = {number: b"QCOW2BM undo %d\n\0" % number for number in range(1, VERSION + 1)}
 _FIELDS_1 = {
     "state": Int32ul,
     "head_crc": Int32ul,
@@ -42,7 +46,8 @@ _FIELDS_1 = {
     "records": Int64ul,
 }
 _FIELDS_2 = {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl, "journaled": Int64ul}
-_FIELDS = {1: _FIELDS_1, VERSION: _FIELDS_1 | _FIELDS_2}
+_FIELDS_3 = {"given_up": Int64ul, "given_up_at": Int64ul}
+_FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | _FIELDS_2, 3: _FIELDS_1 | _FIELDS_2 | _FIELDS_3}
 
 _RECORD = struct.Struct("<6Q2I")
 _KEPT = struct.Struct("<3Q2I")
@@ -92,10 +97,15 @@ class RecordHead(NamedTuple):
 
 
 class KeptPart(IntEnum):
-    """What a kept part is: a range, with its label after the head; or a piece, with its bytes, none if all are zero."""
+    """What a kept part is.
+
+    A range, with its label after the head; a piece, with its bytes, none if all are zero; or a piece of clusters that
+    were given up, with the checksum of their bytes.
+    """
 
     RANGE = 1
     PIECE = 2
+    GIVEN_UP = 3
 
 
 class KeptHead(NamedTuple):
@@ -125,6 +135,18 @@ class KeptHead(NamedTuple):
 
 RECORD_SIZE = _RECORD.size + _SEAL.size
 KEPT_SIZE = _KEPT.size + _SEAL.size
+CRC_SIZE = _SEAL.size
+
+
+def seen(image: ImageFile, version: int = VERSION) -> dict[str, int]:
+    """What the header of an undo file of a version says of its image once the change is done."""
+    return {"head_crc": crc(image.read_padded(0, _head_length(image, version))), "size_after": image.size}
+
+
+def _head_length(image: ImageFile, version: int) -> int:
+    """Header, extensions and backing name have the first cluster, which QEMU writes anew without what is dead."""
+    bits = int.from_bytes(image.read_padded(0, SECTOR)[CLUSTER_BITS_FIELD:][:4], "big")
+    return 1 << bits if version > 2 and MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS else SECTOR
 
 
 def _sealed(head: bytes) -> bytes:
@@ -142,11 +164,12 @@ class Summary:
     """The header of an undo file. Sizes in bytes, times in nanoseconds since 1970.
 
     Attributes:
-        head_crc: over the first sector of the image after the change.
+        head_crc: over the first cluster of the image after the change; in versions before the third the first sector.
         mtime_ns: time stamp of the image after the change; 0 until it is done.
         records: how many there are.
         kept: how many kept ranges and pieces there are, `kept_at` being where they start.
         made_ns: when the file was made; 0 if that is not known.
+        given_up: how many pieces of clusters that were given up there are, `given_up_at` being where they start.
         journaled: 1 if a crash could tear the change, and so its undoing, 0 if not.
     """
 
@@ -161,6 +184,8 @@ class Summary:
     kept_at: int = 0
     made_ns: int = 0
     journaled: int = 0
+    given_up: int = 0
+    given_up_at: int = 0
     version: int = VERSION
 
     def build(self) -> bytes:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from ..errors import UndoError
-from .file import read_fd
+from .file import ImageFile, close_fd, read_fd
 from .plan import SECTOR, Kept
 from .undo_data_file import NotedDataFile
-from .undo_layout import KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc
+from .undo_layout import CRC_SIZE, KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
 
 _PIECE = 1 << 20
 Head = TypeVar("Head", RecordHead, KeptHead)
@@ -67,7 +67,7 @@ class UndoReader:
         try:
             self._summary = self._read_summary()
         except BaseException:
-            os.close(self._fd)
+            close_fd(self._fd)
             raise
 
     def __enter__(self) -> Self:
@@ -78,18 +78,18 @@ class UndoReader:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        close_fd(self._fd)
 
     @staticmethod
     def was_begun(path: Path) -> bool:
         """False if a crash came while the file was being written, so that nothing it belongs to was changed yet."""
-        if not path.is_file():  # opening a FIFO would wait for its other end
-            raise UndoError(f"{path} is no regular file, and so no journal", hint="move it away")
+        if path.is_symlink() or not path.is_file():  # opening a FIFO would wait for its other end
+            raise UndoError(f"{path} is no regular file, and so no journal")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return any(read_fd(fd, SECTOR, 0))
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def _read_summary(self) -> Summary:
         try:
@@ -113,6 +113,11 @@ class UndoReader:
         return self._summary.made_ns or self._summary.mtime_ns or None
 
     @property
+    def mtime_before_ns(self) -> int:
+        """Time stamp of the image before the change."""
+        return self._summary.mtime_before_ns
+
+    @property
     def size_before(self) -> int:
         """Length of the image before the change, in bytes."""
         return self._summary.size_before
@@ -127,10 +132,10 @@ class UndoReader:
         """Time stamp of the image once the change was done; 0 as long as it was not."""
         return self._summary.mtime_ns
 
-    @property
-    def head_crc(self) -> int:
-        """CRC-32C of the image's first sector after the change."""
-        return self._summary.head_crc
+    def is_seen(self, image: ImageFile) -> bool:
+        """True if the image has the length and the header that it had when the change was done."""
+        then = {"head_crc": self._summary.head_crc, "size_after": self._summary.size_after}
+        return then == seen(image, self._summary.version)
 
     @property
     def bytes_replaced(self) -> int:
@@ -193,7 +198,9 @@ class UndoReader:
         pieces: list[tuple[int, int, int | None]] = []
         parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.kept_at, self._summary.kept)
         for number, (head, at) in enumerate(parts):
-            kinds = set(KeptPart) if head is None or head.stored in (0, head.length) else {KeptPart.RANGE}
+            kinds = {KeptPart.RANGE, KeptPart.PIECE}
+            if head is not None and head.stored not in (0, head.length):
+                kinds = {KeptPart.RANGE}
             if head is None or head.kind not in kinds or head.offset + head.length > self.size_before:
                 raise UndoError(f"{self.path} is damaged in kept part {number}")
             if head.kind == KeptPart.PIECE:
@@ -202,6 +209,18 @@ class UndoReader:
                 label = read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
                 ranges.append(Kept(label, head.offset, head.length))
         return KeptBytes(self, tuple(ranges), sorted(pieces))
+
+    def given_up(self) -> Iterator[tuple[int, int, int]]:
+        """Offset, length and CRC-32C of what the change gave up, which the image relies on again when it is undone.
+
+        Raises:
+            UndoError: the file is damaged.
+        """
+        parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.given_up_at, self._summary.given_up)
+        for number, (head, at) in enumerate(parts):
+            if head is None or head.kind != KeptPart.GIVEN_UP or head.stored != CRC_SIZE or head.length > _PIECE:
+                raise UndoError(f"{self.path} is damaged in piece {number} of what was given up")
+            yield head.offset, head.length, int.from_bytes(read_fd(self._fd, head.stored, at), "little")
 
     @cached_property
     def data_file(self) -> NotedDataFile | None:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..format.header import INCOMPATIBLE_PLACE, MAGIC, Incompatible
+from ..format.header import Incompatible
 from .file import ImageFile
+from .mark import FEATURES, features_of, has_mark
 from .plan import SECTOR
 from .undo_layout import State, crc
 from .undo_reader import Record, UndoReader
-from .undo_writer import seen
 
 _WINDOW = 64 << 10
 """Bytes of the image that are compared at a time."""
@@ -44,8 +44,8 @@ class Standing:
     Attributes:
         untouched: every place that was to be rewritten is as it was before. Free clusters may have been filled.
         finished: everything is as the change left it.
-        familiar: every byte of a rewrite is an old or a new one, and the length is one of the change: anything else
-            is another image, or a later state.
+        familiar: every byte of a rewrite is an old or a new one, the length is one of the change, and what it gave up
+            is what it was: anything else is another image, or a later state.
     """
 
     untouched: bool
@@ -63,44 +63,36 @@ def standing(undo: UndoReader, image: ImageFile) -> Standing:
     # A file that is too short reads as zeroes, which may be what it was filled with.
     finished = finished and image.size >= undo.size_after
     finished = finished and all(_is_as_filled(image, record) for record in undo.records if record.filled)
-    return Standing(untouched, finished, familiar and undo.size_before <= image.size <= undo.size_after)
+    familiar = familiar and undo.size_before <= image.size <= undo.size_after
+    return Standing(untouched, finished, familiar and _has_what_was_given_up(undo, image))
 
 
 def since(undo: UndoReader, image: ImageFile) -> Since:
     """What has happened to an image since the change was done; raises UndoError if the undo file is damaged."""
-    now = seen(image)
-    if undo.state is State.COMPLETE and now != {"head_crc": undo.head_crc, "size_after": undo.size_after}:
+    if undo.state is State.COMPLETE and not undo.is_seen(image):
         return Since.CHANGED
-    if not standing(undo, image).finished:
+    found = standing(undo, image)
+    if not (found.finished and found.familiar):
         return Since.CHANGED
     if image.is_device or not undo.mtime_ns:
         return Since.UNKNOWN
-    if _features(image) & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
+    if int.from_bytes(features_of(image)[:8], "big") & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
         return Since.UNKNOWN  # the guest writes to another file
     return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
 
 
 def is_marked(image: ImageFile) -> bool:
-    """True if the corrupt bit is set: then QEMU cannot have written to the image since."""
-    return bool(_features(image) & Incompatible.CORRUPT)
+    """True if a change of ours has set its mark, and nobody has written to the image since."""
+    return has_mark(features_of(image))
 
 
-def marks(undo: UndoReader) -> bool:
-    """True if the corrupt bit is set while the change is under way, and clear before it or after."""
-    start, stop = INCOMPATIBLE_PLACE.start, INCOMPATIBLE_PLACE.stop
-    over = (record for record in undo.records if record.new_at and record.offset <= start and stop <= record.end)
-    return any(_corrupt(undo.old(record, start, stop)) != _corrupt(undo.new(record, start, stop)) for record in over)
-
-
-def _features(image: ImageFile) -> int:
-    """The incompatible features, none of what is no image of version 3."""
-    head = image.read_padded(0, INCOMPATIBLE_PLACE.stop)
-    known = head[:4] == MAGIC and int.from_bytes(head[4:8], "big") >= 3
-    return int.from_bytes(head[INCOMPATIBLE_PLACE], "big") if known else 0
-
-
-def _corrupt(features: bytes) -> int:
-    return int.from_bytes(features, "big") & Incompatible.CORRUPT
+def sets_mark(undo: UndoReader) -> bool:
+    """True if the mark is there while the change is under way, and not before it or after."""
+    start, stop = FEATURES.start, FEATURES.stop
+    over = (
+        record for record in undo.records if record.new_at is not None and record.offset <= start and stop <= record.end
+    )
+    return any(has_mark(undo.old(record, start, stop)) != has_mark(undo.new(record, start, stop)) for record in over)
 
 
 def fills(undo: UndoReader, image: ImageFile) -> tuple[bool, bool]:
@@ -123,7 +115,7 @@ def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
     """
     reached = max((record.stage for record in undo.records if _has_begun(undo, image, record)), default=-1)
     # The first sector is written more than once, and so not by every stage as that has left it.
-    rewrites = (record for record in undo.records if record.new_at and record.offset >= SECTOR)
+    rewrites = (record for record in undo.records if record.new_at is not None and record.offset >= SECTOR)
     if not all(_is_rewritten(undo, image, record) for record in rewrites if record.stage < reached):
         return False
     return all(
@@ -148,6 +140,14 @@ def _has_begun(undo: UndoReader, image: ImageFile, record: Record) -> bool:
 def _is_rewritten(undo: UndoReader, image: ImageFile, record: Record) -> bool:
     parts = pieces(record.offset, record.end)
     return all(undo.new(record, start, stop) == image.read_padded(start, stop - start) for start, stop in parts)
+
+
+def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
+    """True if nobody has put anything else there: the old state refers to it, and nothing but a checksum was kept."""
+    return all(
+        offset + length <= image.size and crc(image.read_padded(offset, length)) == expected
+        for offset, length, expected in undo.given_up()
+    )
 
 
 def _is_as_filled(image: ImageFile, record: Record) -> bool:

@@ -7,6 +7,7 @@ the plan begin.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
@@ -15,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UndoError
-from .file import ImageFile, flush_error, read_fd, write_fd
+from .file import ImageFile, close_fd, flush_error, read_fd, write_fd
 from .plan import SECTOR, Kept, Stage, Write
-from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc
+from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
 
 _PIECE = 1 << 20
 """Bytes of a kept piece at most."""
@@ -37,9 +38,20 @@ class UndoWriter:
 
     @classmethod
     def create(
-        cls, path: Path, image: ImageFile, stages: Sequence[Stage], size_after: int, kept: Sequence[Kept] = ()
+        cls,
+        path: Path,
+        image: ImageFile,
+        stages: Sequence[Stage],
+        size_after: int,
+        *,
+        kept: Sequence[Kept] = (),
+        given_up: Iterable[tuple[int, int]] = (),
     ) -> UndoWriter:
         """Write down what `stages` replace in `image`, which will have `size_after` bytes, and the `kept` ranges.
+
+        Args:
+            given_up: ranges (start, end) that nothing will use any more, and that the image relies on again when the
+                change is undone.
 
         Raises:
             UndoError: the file exists already or cannot be written.
@@ -48,6 +60,7 @@ class UndoWriter:
         mode = stat.S_IMODE(status.st_mode) & 0o666
         try:
             fd = os.open(path, _NEW, mode)
+            _give_to_owner(fd, status)
         except OSError as error:
             what = "journal" if path == image.journal else "undo file"
             raise UndoError(f"cannot create the {what} {path}: {os.strerror(error.errno or 0)}") from error
@@ -58,7 +71,7 @@ class UndoWriter:
         )  # fmt: skip
         writer = cls(fd, path, summary)
         try:
-            writer._fill(image, stages, kept)
+            writer._fill(image, stages, kept, given_up)
         except OSError as error:
             writer.discard()
             raise UndoError(f"cannot write the undo file {path}: {os.strerror(error.errno or 0)}") from error
@@ -67,26 +80,30 @@ class UndoWriter:
             raise
         return writer
 
-    def _fill(self, image: ImageFile, stages: Sequence[Stage], kept: Sequence[Kept]) -> None:
-        records = 0
-        for number, stage in enumerate(stages):
-            for write in stage.writes:
-                self._append(*_record(image, number, write))
-                records += 1
-        kept_at, parts = self._at, 0
-        for part in _kept_parts(image, kept):
-            self._append(*part)
-            parts += 1
+    def _fill(
+        self, image: ImageFile, stages: Sequence[Stage], kept: Sequence[Kept], given_up: Iterable[tuple[int, int]]
+    ) -> None:
+        writes = ((number, write) for number, stage in enumerate(stages) for write in stage.writes)
+        _, records = self._append(_record(image, number, write) for number, write in writes)
+        given_up_at, pieces = self._append(_given_up_parts(image, given_up))
+        kept_at, parts = self._append(_kept_parts(image, kept))
         # A file whose header is there is whole: a crash before that leaves a sector of zeroes, and an untouched image.
         os.fsync(self._fd)
-        self._summary = replace(self._summary, records=records, kept=parts, kept_at=kept_at if parts else 0)
+        self._summary = replace(
+            self._summary, records=records, given_up=pieces, given_up_at=given_up_at, kept=parts, kept_at=kept_at
+        )
         write_summary(self._fd, self._summary)
         sync_folder(self.path)
 
-    def _append(self, *parts: bytes) -> None:
+    def _append(self, parts: Iterable[tuple[bytes, ...]]) -> tuple[int, int]:
+        """Write parts behind what is there; where that is, and how many."""
+        start, number = self._at, 0
         for part in parts:
-            write_fd(self._fd, part, self._at)
-            self._at += len(part)
+            number += 1
+            for piece in part:
+                write_fd(self._fd, piece, self._at)
+                self._at += len(piece)
+        return start, number
 
     def link(self, path: Path) -> bool:
         """Give the file a second name, durably, until it is complete or discarded.
@@ -102,14 +119,15 @@ class UndoWriter:
         return True
 
     def complete(self, image: ImageFile) -> None:
-        """Say that the plan is done and what the image looks like now.
+        """Say that the plan is done and what the image looks like now. The caller holds its locks until it has ended.
 
         Raises:
             FlushError, OSError: the file says "in progress" for good, or until the next crash.
         """
         mtime = os.fstat(image.fd).st_mtime_ns
+        _outlive(mtime)
         write_summary(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **seen(image)))
-        os.close(self._fd)
+        close_fd(self._fd)
         self._unlink_alias()
 
     def discard(self) -> None:
@@ -118,13 +136,19 @@ class UndoWriter:
         Raises:
             FlushError, OSError: it is there, or may be there again after a crash.
         """
-        os.close(self._fd)
+        close_fd(self._fd)
         self._unlink_alias()
         drop(self.path)
 
     def _unlink_alias(self) -> None:
         if self._alias is not None:
             drop(self._alias)
+
+
+def _give_to_owner(fd: int, image: os.stat_result) -> None:
+    """Who may write to the image can then use what belongs to it, also if it was root who changed the image."""
+    with contextlib.suppress(PermissionError):
+        os.fchown(fd, image.st_uid, image.st_gid)
 
 
 def second_name(undo: Path, journal: Path) -> bool:
@@ -161,13 +185,19 @@ def second_copy(fd: int, journal: Path, mode: int) -> None:
         journal.unlink(missing_ok=True)
         raise
     finally:
-        os.close(copy)
+        close_fd(copy)
     sync_folder(journal)
 
 
-def seen(image: ImageFile) -> dict[str, int]:
-    """What the header of an undo file says of its image once the change is done."""
-    return {"head_crc": crc(image.read_padded(0, SECTOR)), "size_after": image.size}
+def _outlive(mtime_ns: int) -> None:
+    """Wait until a write would leave another time stamp than this, by which the image is known not to be used since.
+
+    File systems keep time in ticks of a few milliseconds, some in one or two seconds.
+    """
+    tick = 2 * 10**9 if mtime_ns % 10**9 == 0 else 10**7
+    left = mtime_ns + tick - time.time_ns()
+    if 0 < left <= tick:
+        time.sleep(left / 10**9)
 
 
 def write_summary(fd: int, summary: Summary) -> None:
@@ -182,7 +212,7 @@ def sync_folder(path: Path) -> None:
     try:
         os.fsync(fd)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 # ---- what is written ----
@@ -219,6 +249,14 @@ def _kept_parts(image: ImageFile, kept: Sequence[Kept]) -> Iterator[tuple[bytes,
         yield _part(KeptPart.RANGE, start, length, wanted.label.encode("utf-8", "surrogateescape"))
     for start, end in _joined(ranges):
         yield from _pieces(image, start, end)
+
+
+def _given_up_parts(image: ImageFile, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
+    """Head and checksum of each range as far as the file reaches, in pieces."""
+    for start, end in _joined((start, min(end, image.size)) for start, end in ranges):
+        for at in range(start, end, _PIECE):
+            length = min(_PIECE, end - at)
+            yield _part(KeptPart.GIVEN_UP, at, length, crc(image.read_padded(at, length)).to_bytes(4, "little"))
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

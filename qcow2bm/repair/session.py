@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checks.model import Report
 from ..checks.runner import check_file
@@ -21,20 +22,28 @@ from ..image.plan import Plan
 from .model import RepairPlan, RepairPolicy
 from .runner import Ask, work_out
 
+if TYPE_CHECKING:
+    from ..image.undo import Settled
+
 
 @dataclass(slots=True)
 class Repair:
     """An image that is open for repair, and the plan.
 
     Attributes:
-        rolled_back: a change that a crash had cut short was undone first.
+        settled: what opening did with the journal that a crash had left; None if there was none.
         locked: False if no lock protects what is read: it may be stale.
     """
 
     file: ImageFile
     plan: RepairPlan
-    rolled_back: bool
+    settled: Settled | None
     locked: bool
+
+    @property
+    def rolled_back(self) -> bool:
+        """True if a change that a crash had cut short was undone first."""
+        return self.settled is not None and self.settled.rolled_back
 
     def commit(self, *, undo: str | os.PathLike[str] | None, progress: Progress | None = None) -> Report:
         """Carry the plan out, all of it or nothing; returns what a check of the image finds then.
@@ -54,7 +63,8 @@ class Repair:
     @property
     def fingerprint(self) -> str:
         """What tells this plan for this state of the image from any other: SHA-256 over both."""
-        status = os.fstat(self.file.fd)
+        with naming(self.file.path):
+            status = os.fstat(self.file.fd)
         state = f"{self.file.size} {0 if self.file.is_device else status.st_mtime_ns}"
         return _fingerprint(self.plan.plan, state)
 
@@ -93,12 +103,14 @@ def repairing(
         InterruptedChangeError: a change was cut short, and the image is opened as a reader's.
         UndoError: the journal of such a change is damaged, or the image is not as the crash left it.
     """
-    with contextlib.closing(ImageFile.open(path, writable=writable)) as file, naming(file.path):
-        locked = use_locks and take_locks(file, writable=writable, force_share=False)
-        rolled_back = settle_interrupted(file, writable=writable)
+    with contextlib.closing(ImageFile.open(path, writable=writable)) as file:
+        with naming(file.path):
+            locked = use_locks and take_locks(file, writable=writable, force_share=False)
+            settled = settle_interrupted(file, writable=writable)
         with contextlib.closing(OverlayFile(file)) as overlay:
-            plan = work_out(overlay, policy or RepairPolicy(), ask=ask, progress=progress)
-            yield Repair(file, plan, rolled_back, locked)
+            with naming(file.path):
+                plan = work_out(overlay, policy or RepairPolicy(), ask=ask, progress=progress)
+            yield Repair(file, plan, settled, locked)  # what fails with the caller is not about the image
 
 
 def plan_repair(path: str | os.PathLike[str], policy: RepairPolicy | None = None) -> RepairPlan:

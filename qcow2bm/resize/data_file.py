@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import NoSpaceError, NotQcow2Error, UnsupportedImageError, UsageError, naming
 from ..format.extensions import ExtensionType
-from ..format.header import Autoclear
+from ..format.header import MAGIC, Autoclear
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image, take_locks
 from ..image.plan import DataFile
@@ -56,11 +56,28 @@ def opened(image: Qcow2Image, path: Path | None) -> Iterator[ImageFile | None]:
 
             if file_identity(file) == file_identity(image.file):
                 raise UsageError("this is the image, not its data file")
+            _require_no_image(file, image.extensions.text(ExtensionType.DATA_FILE))
             if image.locked:
                 take_locks(file, writable=False, force_share=False)
         yield file
     finally:
         file.close()
+
+
+def _require_no_image(file: ImageFile, name: str | None) -> None:
+    """Refuse a qcow2 image, whose length is not to be touched, if the image does not call its data file so.
+
+    A data file may begin like one: the guest may keep an image on its disk.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if file.read_padded(0, len(MAGIC)) == MAGIC and (not name or Path(name).name != file.path.name):
+        called = f"the image calls its data file '{name}'" if name else "the image does not name its data file"
+        raise UsageError(
+            "this is a qcow2 image and not the image's data file",
+            hint=f"{called}; if the disk itself begins like an image, name it by a link of that name",
+        )
 
 
 def is_raw(image: Qcow2Image) -> bool:

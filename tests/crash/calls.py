@@ -8,5 +8,5 @@ LENGTHS = ("ftruncate",)
 FLUSHES = ("fsync", "fdatasync")
 NAMES = ("link", "unlink", "rename", "replace")
 CHANGING = (*WRITES, *LENGTHS, *FLUSHES, *NAMES)
-OTHERS = ("lseek", "fstat", "fstatvfs", "utime")
+OTHERS = ("lseek", "fstat", "fstatvfs", "utime", "close")
 """Those that neither read nor change what a file holds, how long it is, or its name."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from qcow2bm.image.plan import SECTOR
 from tests.crash.calls import FLUSHES, LENGTHS, NAMES, OTHERS, READS, WRITES
 
 
@@ -22,6 +23,8 @@ class Fault:
         calls: functions of `os`.
         code: the error; None for a call that does only half of what it was asked for.
         sticky: every later call fails too.
+        full: as on a full disk only writes fail that need room, where the file has a hole or is to become longer; the
+            first of them goes half-way.
         few: in an ordinary run only every so many of these calls fails, as there are many.
     """
 
@@ -29,6 +32,7 @@ class Fault:
     calls: tuple[str, ...]
     code: int | None
     sticky: bool = False
+    full: bool = False
     few: int = 1
 
     def __str__(self) -> str:
@@ -48,12 +52,18 @@ FAULTS = (
     Fault("disk full for good", WRITES, errno.ENOSPC, sticky=True, few=6),
     Fault("short write", WRITES, None, few=6),
     Fault("short writes", WRITES, None, sticky=True, few=6),
+    Fault("full disk", WRITES, errno.ENOSPC, sticky=True, full=True, few=3),
     Fault("flush error", FLUSHES, errno.EIO),
     Fault("flush errors", FLUSHES, errno.EIO, sticky=True),
     Fault("other error", _REST, errno.EIO, few=10),
     Fault("other errors", _REST, errno.EIO, sticky=True, few=10),
     Fault("open error", ("open",), errno.EACCES, few=2),
 )
+
+
+def _needs_room(fd: int, offset: int, length: int) -> bool:
+    """True if part of a range is a hole, or past the end of the file."""
+    return offset >= os.fstat(fd).st_size or os.lseek(fd, offset, os.SEEK_HOLE) < offset + length
 
 
 @contextlib.contextmanager
@@ -86,7 +96,11 @@ class Failing:
         def call(what: Any, *args: Any, **options: Any) -> Any:
             if not self._concerns(what) or not self._is_due():
                 return real(what, *args, **options)
+            if self._fault.full:
+                return self._as_far_as_there_is_room(real, what, *args)
             if self._fault.code is not None:
+                if name == "close":
+                    real(what)  # Linux closes it whatever it says, and another file may have got its number meanwhile
                 raise OSError(self._fault.code, os.strerror(self._fault.code))
             return self._half(name, real, what, args)
 
@@ -105,6 +119,15 @@ class Failing:
         due = self._left == -1 or (self._fault.sticky and self._left < -1)
         self.happened = self.happened or due
         return due
+
+    def _as_far_as_there_is_room(self, real: Any, fd: int, data: Any, offset: int) -> Any:
+        view = memoryview(data).cast("B")
+        if not _needs_room(fd, offset, len(view)):
+            return real(fd, view, offset)
+        half = (offset + len(view) // 2) // SECTOR * SECTOR - offset  # a file system gives out nothing smaller
+        if self._left != -1 or half <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, view[:half], offset)
 
     @staticmethod
     def _half(name: str, real: Any, fd: int, args: tuple[Any, ...]) -> Any:

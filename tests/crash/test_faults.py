@@ -40,6 +40,8 @@ FOUND = (
     ("import", "64 KiB clusters", "other error"),
     # What was read a second time was taken for changed where a read had stopped half-way.
     ("import", "64 KiB clusters", "short reads"),
+    # A write that a full disk cut short had made the file longer, and putting back filled holes there is no room for.
+    ("resample", "no room in the refcount blocks", "full disk"),
 )
 """What went wrong once: command, shape of the image, fault."""
 

@@ -28,6 +28,7 @@ class Trial:
 
     Attributes:
         before: the folder as the command finds it.
+        settled: the image's bytes then, once a journal that there may be has been settled.
     """
 
     def __init__(self, folder: Path, command: Command, shape: Shape, *, by_qemu: bool = False) -> None:
@@ -38,6 +39,7 @@ class Trial:
         command.prepare(self.image, shape)
         self.before = Folder.read(folder)
         settle(self.image)  # where a crash has left a journal, the old state is what it leads back to
+        self.settled = self.image.read_bytes()
         self._old = self._truth()
         self.before.write(folder)
 

@@ -16,6 +16,9 @@ EACH_OF = 200
 """The first calls, of which each fails once."""
 
 
+_PUT_BACK = "everything was put back"
+
+
 def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> Outcome:
     """Let the first call fail, then the second, and so on; `every` third one, say, to save time.
 
@@ -38,7 +41,7 @@ def try_out(command: Command, shape: Shape, fault: Fault, *, every: int = 1) -> 
             if not stand_in.happened:
                 return outcome
             outcome.states += 1
-            wrong = _wrong(command, fault, status, said.getvalue(), trial.image) or judge.verdict()
+            wrong = _wrong(command, fault, status, said.getvalue(), trial) or judge.verdict()
             if wrong is not None:
                 outcome.bad.append(f"{fault} at call {number}: {wrong}")
     return outcome
@@ -51,7 +54,7 @@ def _numbers(every: int) -> Iterator[int]:
         number += every * (1 + number // (every * EACH_OF))
 
 
-def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) -> str | None:
+def _wrong(command: Command, fault: Fault, status: int, said: str, trial: Trial) -> str | None:
     """What is wrong with how a command ended."""
     if "internal error" in said or "Traceback" in said:
         return f"it says {said!r}"
@@ -61,6 +64,14 @@ def _wrong(command: Command, fault: Fault, status: int, said: str, image: Path) 
         return f"half a call is no error, but it ended with {status}: {said!r}"
     if status not in command.failed:
         return f"it ended with {status}: {said!r}"
-    if not any(str(file) in said for file in (image.parent, *image.parent.iterdir())):
+    return _told_wrongly(said, trial)
+
+
+def _told_wrongly(said: str, trial: Trial) -> str | None:
+    """What is wrong with what a command says of its failure."""
+    folder = trial.image.parent
+    if not any(str(file) in said for file in (folder, *folder.iterdir())):
         return f"it does not name the image, nor a file of it: {said!r}"
+    if _PUT_BACK in said and trial.image.read_bytes() != trial.settled:
+        return f"not every byte was put back, nor the length: {said!r}"
     return None

@@ -8,58 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import qcow2bm
 from qcow2bm.__main__ import main
-from qcow2bm.errors import InterruptedChangeError, UndoError
+from qcow2bm.errors import InterruptedChangeError, UndoError, UnsupportedImageError
 from qcow2bm.image.undo_reader import UndoReader
-from tests.crash.disk import Folder
-from tests.crash.recorder import recorded
+from tests.support.cut_short import JOURNAL, cut_short, damage, damaged, is_open_to_qemu
 from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
-from tests.support.raw import OFFSET, Raw
+from tests.support.raw import Raw
 from tests.support.scenes import MIB, three
-
-JOURNAL = "image.qcow2.qcow2bm-journal"
-
-
-def damage(image: Path) -> None:
-    """Refcounts and a flag are missing: mending them is a change in place, in more than one sector."""
-    raw = Raw.load(image)
-    for offset in (raw.number(40), raw.number(raw.number(40)) & OFFSET):
-        raw.set_refcount(offset, 0)
-    raw.put(raw.number(40), raw.number(raw.number(40)) & OFFSET)
-    raw.save(image)
-
-
-def damaged(folder: Path, version: int = 3) -> Path:
-    """A damaged image: with three bitmaps, or of version 2, which has none."""
-    if version == 3:
-        image = three(folder)
-    else:
-        image = folder / "image.qcow2"
-        qemu_img("create", "-q", "-f", "qcow2", "-o", "compat=0.10", image, "4M")
-        qemu_io(image, "write -P 1 1M 128k")
-    damage(image)
-    return image
-
-
-def cut_short(image: Path, *words: str) -> Iterator[Folder]:
-    """The folder after each write of a command to the image, as long as it is in progress."""
-    before = Folder.read(image.parent)
-    with recorded(image.parent) as ops:
-        assert main([words[0], str(image), *words[1:]]) in (0, 3)
-    own = before.names[image.name]
-    places = [place + 1 for place, op in enumerate(ops) if op.kind == "write" and op.file == own]
-    for place in places:
-        yield before.after(ops[:place])
-
-
-def is_open_to_qemu(image: Path) -> bool:
-    return not Raw.load(image).number(72) & 2
 
 
 def guest_writes(image: Path) -> None:
@@ -214,3 +175,103 @@ def test_a_name_with_no_room_for_that_of_a_journal_is_no_obstacle(tmp_path: Path
     assert main(["list", str(image)]) == 0
     assert main(["add", str(image), "new"]) == 0
     assert len(bitmap_info(image)) == 4
+
+
+# ---- undo by force: it passes over what nothing tells, never over what something does ----
+
+
+@pytest.mark.parametrize(
+    "since",
+    [
+        ("amend", "-f", "qcow2", "-o", "lazy_refcounts=on"),
+        ("rebase", "-u", "-b", ""),
+    ],
+    ids=["amended", "rebased"],
+)
+def test_a_header_that_qemu_has_written_anew_is_not_put_back(tmp_path: Path, since: tuple[str, ...]) -> None:
+    """It drops what is dead, and the end of the old bitmaps extension may lie in the second sector."""
+    image, undo = small_of_three(tmp_path), tmp_path / "undo"
+    assert main(["remove", str(image), "--match", "*", "--undo", str(undo)]) == 0
+    qemu_img(*since, image)
+    if since[0] == "amend":
+        qemu_img(*since[:-1], "lazy_refcounts=off", image)
+    before = image.read_bytes()
+    for options in ([], ["--force"]):
+        assert main(["undo", str(image), str(undo), *options]) == 1
+    assert image.read_bytes() == before
+    assert check(image)["returncode"] == 0
+
+
+def small_of_three(folder: Path) -> Path:
+    image = folder / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "16M")
+    for name in "abc":
+        qemu_img("bitmap", "--add", image, name)
+    qemu_io(image, "write -P 1 1M 1M")
+    return image
+
+
+def test_bitmaps_do_not_come_back_from_clusters_that_somebody_has_used_since(tmp_path: Path) -> None:
+    """Used and given back: refcounts, header and length are what they were, and the bitmaps would read as clean."""
+    image, undo = small_of_three(tmp_path), tmp_path / "undo"
+    assert main(["remove", str(image), "--match", "*", "--undo", str(undo)]) == 0
+    length = image.stat().st_size
+    qemu_io(image, "write -P 9 12M 640k", "discard 12M 640k", options=("-d", "unmap"))
+    with image.open("r+b") as file:
+        file.truncate(length)
+    before = image.read_bytes()
+    for options in ([], ["--force"]):
+        assert main(["undo", str(image), str(undo), *options]) == 1
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("length", ["64k", "128k", "256k"])
+def test_force_does_not_put_back_what_was_free_over_guest_data(tmp_path: Path, length: str) -> None:
+    """A VM has taken the very clusters that a change, cut short, had begun to fill."""
+    image, undo, refused = tmp_path / "image.qcow2", tmp_path / "undo", 0
+    qemu_img("create", "-q", "-f", "qcow2", image, "4M")
+    qemu_io(image, "write -P 1 0 1M")
+    for state in list(cut_short(image, "add", "new", "--undo", str(undo))):
+        state.write(tmp_path)
+        qemu_io(image, f"write -P 119 2M {length}")
+        before, status = image.read_bytes(), check(image)["returncode"]
+        if main(["undo", str(image), str(undo), "--force"]) == 1:
+            refused += 1
+            assert image.read_bytes() == before
+        qemu_io(image, f"read -P 119 2M {length}")
+        assert check(image)["returncode"] == status
+    assert refused
+
+
+def test_a_mark_that_qemu_has_set_itself_rolls_nothing_back(tmp_path: Path) -> None:
+    """The corrupt bit of the crash was cleared by QEMU's repair; later QEMU finds damage, and sets it again."""
+    image = damaged(tmp_path)
+    for state in list(cut_short(image, "repair", "--yes", "--no-undo")):
+        state.write(tmp_path)
+        if is_open_to_qemu(image):
+            continue
+        mended_by_qemu(image)
+        raw = Raw.load(image)
+        raw.put(72, raw.number(72) | 2)
+        raw.save(image)
+        before = image.read_bytes()
+        with pytest.raises(UnsupportedImageError, match="marked corrupt"):
+            qcow2bm.open(image, writable=True)
+        assert image.read_bytes() == before
+
+
+def test_a_leak_repair_of_qemu_that_leaves_the_corrupt_bit_takes_our_mark_away(tmp_path: Path) -> None:
+    """It writes to an image that stays corrupt, so that bit alone would not tell."""
+    image = damaged(tmp_path)
+    raw, marked = Raw.load(image), 0
+    raw.put(raw.l2_entry(16), 1 << 63 | 0x200)  # so that it stays corrupt
+    raw.save(image)
+    for state in list(cut_short(image, "repair", "--yes", "--no-undo", "--allow", "lossy")):
+        state.write(tmp_path)
+        if is_open_to_qemu(image):
+            continue
+        qemu_img("check", "-q", "-r", "leaks", image, check=False)
+        if not is_open_to_qemu(image):
+            marked += 1
+            assert not Raw.load(image).number(88) >> 63
+    assert marked

@@ -44,7 +44,7 @@ class Tape:
     Attributes:
         fail_at: number of the write that fails, from 0; None for never.
         sticky: every later write fails too.
-        partial: a failing write has written half of its bytes.
+        partial: a failing write has written half of its sectors.
         power_cut: it fails by a power cut: later barriers and truncations are lost as well.
         journal: the journal beside the image when the last write was made that found one, or when power was cut.
         journaled: numbers of the epochs in which it was there.
@@ -107,7 +107,8 @@ class _RecordingFile(ImageFile):
         self._require_power()
         if tape.fail_at is not None and (number == tape.fail_at or (tape.sticky and number > tape.fail_at)):
             if tape.partial:
-                super().write_at(offset, bytes(data)[: len(data) // 2])
+                half = (offset + len(data) // 2) // SECTOR * SECTOR - offset
+                super().write_at(offset, bytes(data)[: max(0, half)])
             if tape.power_cut:
                 tape.dead = True
                 tape.journal = self.journal.read_bytes() if self.journal.exists() else None

@@ -120,3 +120,24 @@ def test_the_document_of_a_resize(tmp_path: Path, run) -> None:
     summary = "\n".join(document["summary"])
     assert "whatever --clean-tail says" in summary
     assert "clean but for those that may not be zeroes" in summary
+
+
+def test_another_image_is_not_taken_for_the_data_file(tmp_path: Path, run) -> None:
+    """Its length would follow the disk's, and a VM may need it."""
+    image = create(tmp_path, "data_file=external")
+    other = tmp_path / "other.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", other, "1M")
+    before = other.read_bytes()
+    status, _, err = run("resize", image, "+1M", "--data-file", other)
+    assert status == 64
+    assert f"{other}: this is a qcow2 image and not the image's data file" in err
+    assert "the image calls its data file 'external'" in err
+    assert other.read_bytes() == before
+
+
+def test_a_disk_that_begins_like_an_image_may_be_in_a_data_file_of_the_right_name(tmp_path: Path, run) -> None:
+    image = create(tmp_path, "data_file=external", "data_file_raw=on")
+    with image.with_name("external").open("r+b") as file:
+        file.write(b"QFI\xfb")
+    status, _, err = run("resize", image, "+1M", "--data-file", image.with_name("external"))
+    assert (status, err) == (0, "")

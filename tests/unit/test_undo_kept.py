@@ -42,7 +42,7 @@ def written(image: Path, *kept: Kept, stages: tuple[Stage, ...] = ()) -> Path:
     undo = image.with_name("undo")
     undo.unlink(missing_ok=True)
     file = ImageFile.open(image, writable=True)
-    writer = UndoWriter.create(undo, file, stages, file.size, kept)
+    writer = UndoWriter.create(undo, file, stages, file.size, kept=kept)
     for stage in stages:
         for write in stage.writes:
             file.write_at(write.offset, write.read())
@@ -342,7 +342,8 @@ def test_a_torn_repair_is_rolled_back_by_undo_itself_and_its_undo_file_is_then_u
     torn = bytearray(image.read_bytes())
     torn[65536 * 3 : 65536 * 3 + 512] = before[65536 * 3 : 65536 * 3 + 512]
     torn[:512] = before[:512]
-    torn[79] |= 2  # the corrupt bit, which is cleared last
+    torn[79] |= 2  # the two bits of the mark, which is cleared last
+    torn[88] |= 128
     image.write_bytes(torn)
     qcow2bm.undo(image, undo)
     assert image.read_bytes() == before
@@ -359,7 +360,8 @@ def test_another_undo_file_is_not_taken_for_the_journal(tmp_path: Path) -> None:
     torn = bytearray(image.read_bytes())
     torn[65536 * 3 : 65536 * 3 + 512] = before[65536 * 3 : 65536 * 3 + 512]
     torn[:512] = before[:512]
-    torn[79] |= 2  # the corrupt bit, which is cleared last
+    torn[79] |= 2  # the two bits of the mark, which is cleared last
+    torn[88] |= 128
     image.write_bytes(torn)
     other = tmp_path / "other"
     other.write_bytes(undo.read_bytes())
