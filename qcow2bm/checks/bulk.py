@@ -11,19 +11,21 @@ so far out that no image with so few tables should have it. Counters widen when 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO, L2Entry
+from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, REFCOUNT_BLOCK_MASK, ZERO
 from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
+from ..format.limits import MAX_FILE_SIZE
 from ..format.vectors import Clusters, Refcounts, Words, compressed_clusters, refcounts
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use
 from .counters import Counters
 from .stored import StoredRefcounts
+from .wrong import Mask, words
 
 _NEAR = 1 << 24
 _NEAR_PER_ENTRY = 4
@@ -32,10 +34,9 @@ _LONG_RUN = 1 << 10
 _VERY_LONG_RUN = 1 << 11
 """Runs are counted one by one, or looked at one by one altogether, if they are this long on average."""
 _DENSE = 1 << 14
+_PIECE = 1 << 12
 _COMPARED = 1 << 18
 """Bytes of refcount blocks that are compared at once."""
-
-Mask = npt.NDArray[np.bool_]
 
 
 class _Entries:
@@ -80,9 +81,6 @@ class _Entries:
         """Of each entry as a compressed one: first and last cluster, and where it ends."""
         return compressed_clusters(self.values, self._geometry)
 
-    def entry(self, place: int) -> L2Entry:
-        return L2Entry(int(self.values[place]), int(self.bitmaps[place]) if self.bitmaps is not None else 0)
-
 
 class BulkCensus(Census):
     """Whole tables at once.
@@ -114,11 +112,15 @@ class BulkCensus(Census):
         size = self.geometry.cluster_size
         odd = places & np.uint64(size - 1) != 0
         odd |= places > np.uint64(max(0, self.file_size - size))
-        super().add_l2_tables(places[odd].tolist(), weight)
+        self._count_structures(self._touched(places[odd]), weight)
         self._count_structures((places[~odd] >> np.uint64(self.geometry.cluster_bits)).view(np.int64), weight)
 
     def count_each(self, clusters: Sequence[int], weight: int) -> None:
         self._count_structures(np.fromiter(clusters, np.int64, len(clusters)), weight)
+
+    def count_blocks(self, clusters: Clusters) -> None:
+        """Count refcount blocks, each as often as it comes."""
+        self._count_structures(clusters, 1)
 
     def _count_structures(self, clusters: Clusters, weight: int) -> None:
         self._counts[Use.STRUCTURE].add_each(clusters, 1)
@@ -136,34 +138,46 @@ class BulkCensus(Census):
         return True
 
     def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterator[tuple[int, int]]:
-        values = np.frombuffer(l1_table, np.uint64)
+        values = words(l1_table)
         used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
         entries = _Entries(values[used], None, self.geometry)
-        wrong = used[self._miscopied(entries.values, entries.clusters)]
-        named = used[np.isin(entries.offsets, np.fromiter(tables, np.uint64, len(tables)))]
-        found = np.union1d(wrong, named)
+        found = used[self._miscopied(entries.values, entries.clusters)]
+        if tables:
+            named = used[np.isin(entries.offsets, np.fromiter(tables, np.uint64, len(tables)))]
+            found = np.union1d(found, named)
         chosen = values[found]
-        edges = np.flatnonzero((np.diff(found) != 1) | (chosen[1:] != chosen[:-1])) + 1
-        for start, stop in pairwise([0, *edges.tolist(), found.size]):
-            if stop > start:
-                yield int(found[start]), int(found[stop - 1]) + 1
+        return _ranges(found, chosen[1:] != chosen[:-1])
 
     def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
-        if self.data_file or not all(map(self.stored.is_readable, self.stored.indices())):
-            yield from super().miscopied_runs(values)
-            return
-        words = np.frombuffer(values, np.uint64)
-        entries = _Entries(words, None, self.geometry)
+        wrong = self._miscopied_places(values)
+        flags = words(values)[wrong] & np.uint64(COPIED)
+        return _ranges(wrong, flags[1:] != flags[:-1])
+
+    def miscopied(self, values: array[int]) -> Iterator[int]:
+        yield from self._miscopied_places(values).tolist()
+
+    def miscopied_entries(self, values: array[int]) -> int:
+        return int(self._miscopied_places(values).size)
+
+    def _miscopied_places(self, values: array[int]) -> Clusters:
+        if self.data_file:
+            return np.fromiter(super().miscopied(values), np.int64)
+        entries = _Entries(words(values), None, self.geometry)
         places = self._standard(entries)
-        chosen = np.arange(words.size) if places is None else places
-        if not chosen.size:
-            return
-        wrong = chosen[self._miscopied(words[chosen], entries.clusters[chosen])]
-        flags = words[wrong] & np.uint64(COPIED)
-        edges = np.flatnonzero((np.diff(wrong) != 1) | (flags[1:] != flags[:-1])) + 1
-        for start, stop in pairwise([0, *edges.tolist(), wrong.size]):
-            if stop > start:
-                yield int(wrong[start]), int(wrong[stop - 1]) + 1
+        chosen = np.arange(entries.values.size) if places is None else places
+        return chosen[self._miscopied(entries.values[chosen], entries.clusters[chosen])]
+
+    def miscopied_tables(self, l1_table: array[int]) -> array[int]:
+        values = words(l1_table)
+        used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
+        entries = _Entries(values[used], None, self.geometry)
+        return array("q", used[self._miscopied(entries.values, entries.clusters)].tobytes())
+
+    def references_of(self, clusters: Clusters) -> Words:
+        """How often each of these clusters is referred to."""
+        counts = [counts.at(clusters) for counts in self._counts.values()]
+        total: Words = np.sum(counts, axis=0, dtype=np.uint64)
+        return total
 
     def references(self, cluster: int) -> int:
         slices = (counts.slice(cluster, cluster + 1) for counts in self._counts.values())
@@ -214,8 +228,7 @@ class BulkCensus(Census):
         """Entries of any kind."""
         suspects = self._suspects(entries)
         if suspects is not None:
-            for place in np.flatnonzero(suspects).tolist():
-                self.count_entry(entries.entry(place), batch.active, batch.others)
+            self._add_suspects(entries, np.flatnonzero(suspects), batch)
         streams = 0
         if entries.some_compressed and not self.data_file:
             streams = self._add_compressed(entries, suspects, batch)
@@ -228,6 +241,32 @@ class BulkCensus(Census):
             suspects=self._tables(np.flatnonzero(suspects) if suspects is not None else None),
             miscopied=self._tables(miscopied),
         )
+
+    def _add_suspects(self, entries: _Entries, places: Clusters, batch: Batch) -> None:
+        """Count what suspects refer to inside the file: `count_entry` of each."""
+        if self.data_file:
+            return
+        values = entries.values[places]
+        compressed: Mask = values & np.uint64(COMPRESSED) != 0
+        clusters = self._touched(entries.offsets[places[~compressed]])
+        for use, weight in ((Use.DATA, batch.active), (Use.SNAPSHOT, batch.others)):
+            if weight:
+                self._counts[use].add_each(clusters, weight)
+        if entries.bitmaps is not None:
+            compressed &= entries.bitmaps[places] == 0
+        first, last, end = compressed_clusters(values[compressed], self.geometry)
+        inside = end - self.file_size < self.geometry.cluster_size
+        if inside.any():
+            self._count_streams(first[inside], last[inside], batch.active + batch.others)
+
+    def _touched(self, offsets: Words) -> Clusters:
+        """The clusters touched by ranges of a cluster's length that do not reach outside the file; 0 begins none."""
+        offsets = offsets[(offsets != 0) & (offsets < np.uint64(self.file_size))]
+        first = (offsets >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
+        unaligned: Mask = offsets & np.uint64(self.geometry.cluster_size - 1) != 0
+        clusters: Clusters = np.concatenate([first, first[unaligned] + 1])
+        self.clusters = max(self.clusters, int(clusters.max(initial=-1)) + 1)
+        return clusters
 
     def _tables(self, places: Clusters | None) -> list[int]:
         """Indices of the tables that hold the entries at these places."""
@@ -340,13 +379,44 @@ class BulkCensus(Census):
                 self._counts[use].add_each(clusters, weight, ascending=ascending)
 
     def _miscopied(self, values: Words, clusters: Clusters) -> Clusters:
-        """Places of entries whose copied flag contradicts the refcount on disk."""
+        """Places of entries whose copied flag contradicts the refcount on disk, where that can be read."""
         near = self._ones_near()
         ones = near.take(clusters, mode="clip")
         if int(clusters.max(initial=0)) >= near.size:
-            for place in np.flatnonzero(clusters >= near.size).tolist():
-                ones[place] = self.stored.get(int(clusters[place])) in (1, None)
-        return np.flatnonzero(ones != (values.view(np.int64) < 0))  # the copied flag is the highest bit
+            far = np.flatnonzero(clusters >= near.size)
+            ones[far] = self._ones_far(clusters[far])
+        wrong = ones != (values.view(np.int64) < 0)  # the copied flag is the highest bit
+        if self._is_unreadable.any():
+            wrong &= ~self._is_unreadable.take(clusters // self.geometry.refcounts_per_block, mode="clip")
+        return np.flatnonzero(wrong)
+
+    def _ones_far(self, clusters: Clusters) -> Mask:
+        """Which of some clusters have a refcount of one, a refcount block at a time."""
+        per_block = self.geometry.refcounts_per_block
+        ones: Mask = np.zeros(clusters.size, np.bool_)
+        blocks = clusters // per_block
+        known = np.flatnonzero(self._is_named.take(blocks, mode="clip"))
+        known = known[np.argsort(blocks[known], kind="stable")]
+        starts = np.flatnonzero(np.diff(blocks[known], prepend=-1))
+        for start, stop in pairwise([*starts.tolist(), known.size]):
+            places = known[start:stop]
+            index = int(blocks[places[0]])
+            counts, _ = self._stored(range(index, index + 1), per_block)
+            ones[places] = counts[clusters[places] - index * per_block] == 1
+        return ones
+
+    @cached_property
+    def _is_named(self) -> Mask:
+        """Whether the refcount table names each block, and that there is none behind its end."""
+        return np.append(words(self.stored.table) & np.uint64(REFCOUNT_BLOCK_MASK) != 0, False)
+
+    @cached_property
+    def _is_unreadable(self) -> Mask:
+        """Whether each block cannot be read, and that what is behind the table's end can."""
+        offsets = words(self.stored.table) & np.uint64(REFCOUNT_BLOCK_MASK)
+        unreadable = offsets & np.uint64(self.geometry.cluster_size - 1) != 0
+        unreadable |= offsets > np.uint64(MAX_FILE_SIZE - self.geometry.cluster_size)
+        return np.append(unreadable, False)
 
     def _add_compressed(self, entries: _Entries, suspects: Mask | None, batch: Batch) -> int:
         """Count what compressed clusters take; how many there are, without those that QEMU does not count."""
@@ -382,7 +452,8 @@ class BulkCensus(Census):
         if self._is_one is None:
             self._is_one = np.zeros(self._near, np.bool_)
             per_block, at_once = self.geometry.refcounts_per_block, max(1, _COMPARED // self.geometry.cluster_size)
-            near = [index for index in self.stored.occupied if index * per_block < self._near]
+            occupied = self.stored.occupied
+            near = occupied[: bisect_left(occupied, -(-self._near // per_block))]
             for start, stop in _rows(near, at_once):
                 part = self._is_one[start * per_block : stop * per_block]
                 counts, readable = self._stored(range(start, stop), part.size)
@@ -418,7 +489,8 @@ class BulkCensus(Census):
     def _blocks_in_use(self) -> list[int]:
         """Indices of refcount blocks that exist or that count clusters in use."""
         per_block = self.geometry.refcounts_per_block
-        found = {index for index in self.stored.occupied if index * per_block < self.clusters}
+        occupied = self.stored.occupied
+        found = set(occupied[: bisect_left(occupied, -(-self.clusters // per_block))])
         found.update(range(-(-min(self._near, self.clusters) // per_block)))
         for counts in self._counts.values():
             found |= counts.far_blocks(per_block)
@@ -510,7 +582,22 @@ class BulkCensus(Census):
         return sorted(set(found))
 
 
-def _rows(numbers: list[int], most: int) -> Iterator[tuple[int, int]]:
+def _ranges(places: Clusters, differ: Mask) -> Iterator[tuple[int, int]]:
+    """Places in a row as (first, last + 1), cut where `differ` says that one is not like the one before it.
+
+    As lists a piece at a time: whoever asks may have enough of them soon.
+    """
+    edges = np.flatnonzero((np.diff(places) != 1) | differ) + 1
+    start = 0
+    for at in range(0, edges.size + 1, _PIECE):
+        for edge in edges[at : at + _PIECE].tolist():
+            yield int(places[start]), int(places[edge - 1]) + 1
+            start = edge
+    if places.size:
+        yield int(places[start]), int(places[-1]) + 1
+
+
+def _rows(numbers: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     """Numbers in a row as (first, last + 1), at most so many together."""
     start = 0
     for place in range(1, len(numbers) + 1):

@@ -6,7 +6,7 @@ near follows from how many tables the image has, so a sparse file that claims ex
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from ..format.vectors import Clusters, Words
 
 _PIECE = 1 << 14
 """References that are counted by index at once: their number bounds what one cluster can gain."""
+
+_SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 Array = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -81,6 +83,21 @@ class Counters:
             if start < stop and end_of_run > first:
                 counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
         return counts if counts.any() else None
+
+    def at(self, clusters: Clusters) -> Words:
+        """The counts of these clusters."""
+        counts = np.zeros(clusters.size, np.uint64)
+        near = clusters < self._near
+        if self.array is not None:
+            counts[near] = self.array[clusters[near]]
+        if not near.all():
+            far, weights = self._far_sorted()
+            sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(weights, dtype=np.uint64)])
+            begin, end = (np.searchsorted(far, clusters[~near], side) for side in _SIDES)
+            counts[~near] = sums[end] - sums[begin]
+        for first, stop, weight in self._far_runs:
+            counts[(clusters >= first) & (clusters < stop)] += np.uint64(weight)
+        return counts
 
     def any_of(self, clusters: Clusters) -> bool:
         """True if any of these clusters is counted."""

@@ -119,6 +119,7 @@ class Finding:
         values: the numbers behind the message, by name.
         owners: what refers to the clusters concerned; None if nobody has looked.
         qemu: what `qemu-img check` makes of it here.
+        folded: this stands for all the other entries of a table with the problem; the location is that of the first.
     """
 
     problem: Problem
@@ -128,6 +129,7 @@ class Finding:
     count: int = 1
     values: Mapping[str, int] = field(default_factory=dict)
     owners: tuple[str, ...] | None = None
+    folded: bool = False
 
     @property
     def code(self) -> str:

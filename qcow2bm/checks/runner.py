@@ -10,7 +10,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from ..format.entries import refcount_block_offset
 from ..format.faults import Weight
 from ..format.header import UNKNOWN_INCOMPATIBLE, Header
 from ..image.file import ImageFile
@@ -19,6 +18,7 @@ from .earlier import earlier_states
 from .model import Allocation, Finding, Report, Tally
 from .owners import OwnerSearch
 from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
+from .telling import TOLD, Telling
 from .view import Progress, View, damaged_image, opened, read_header
 
 DEFAULT_LIMIT = 100
@@ -102,7 +102,7 @@ def check_file(
 ) -> Report:
     """As `check`, of a file that is open, or of one as it would be."""
     tally = Tally(limit)
-    inspection = inspect(file, locked=locked, progress=progress)
+    inspection = inspect(file, locked=locked, told=None if limit is None else max(limit, TOLD), progress=progress)
     for finding in chain(inspection.early, inspection.findings(OPENING)):
         tally.add(finding)
     view = inspection.view
@@ -163,9 +163,18 @@ def inspecting(
 
 
 def inspect(
-    file: ImageFile, *, locked: bool, as_qemu: bool = False, progress: Progress = lambda _done, _total: None
+    file: ImageFile,
+    *,
+    locked: bool,
+    as_qemu: bool = False,
+    told: int | None = TOLD,
+    progress: Progress = lambda _done, _total: None,
 ) -> Inspection:
     """Look at an open file, however damaged the image in it is.
+
+    Args:
+        as_qemu: as `inspecting`; everything is told one by one then.
+        told: findings of each problem that are told one by one, before those of a table are one; None for all.
 
     Raises:
         NotQcow2Error: it does not begin as a qcow2 image.
@@ -176,7 +185,7 @@ def inspect(
     if any(fault.weight is Weight.FATAL for fault in faults):
         return Inspection(file.path, locked, fields, early=tuple(header.header_faults(faults)))
     image = damaged_image(file, fields, data, locked=locked)
-    view = View(image, faults, as_qemu=as_qemu, progress=progress)
+    view = View(image, faults, as_qemu=as_qemu, telling=Telling(None if as_qemu else told), progress=progress)
     view.held_before = partial(_held_before, file)
     return Inspection(file.path, locked, fields, view=view)
 
@@ -220,7 +229,7 @@ def _allocation(view: View) -> Allocation:
     size = view.geometry.cluster_size
     bitmaps_used = tuple((bitmap.name, bitmap.bytes_on_disk) for bitmap in view.bitmaps)
     taken = dict.fromkeys(Kind, 0) | {
-        Kind.REFCOUNTS: len({refcount_block_offset(entry) for entry in view.stored.table if entry}),
+        Kind.REFCOUNTS: view.stored.distinct,
         Kind.L2_TABLES: view.l2_tables,
         Kind.GUEST_DATA: view.census.guest,
         Kind.BITMAPS: sum(taken for _, taken in bitmaps_used) // size,

@@ -47,20 +47,31 @@ class StoredRefcounts:
         return self._known
 
     @cached_property
-    def occupied(self) -> list[int]:
-        """Those that may hold something else than zeroes: of very many each block once, and none in a hole."""
+    def occupied(self) -> Sequence[int]:
+        """Those that may hold something else than zeroes.
+
+        Of very many each block once, none in a hole, none behind the end.
+        """
         if len(self._known) <= _FEW:
             return self._known
-        size, data, found, last = self._geometry.cluster_size, 0, list[int](), 0
-        for offset, index in sorted((refcount_block_offset(self.table[index]), index) for index in self._known):
-            if offset == last:
-                continue  # what a block counts that so many entries name is told of the first
-            last = offset
-            if data <= offset < self._file.size:
+        from .wrong import first_inside
+
+        size, data, found = self._geometry.cluster_size, 0, list[int]()
+        for offset, index in first_inside(self.table, self._file.size):
+            if offset >= data:
                 data = max(self._file.next_data(offset), offset + 1)
             if offset + size > data or offset % size:
                 found.append(index)
         return sorted(found)
+
+    @cached_property
+    def distinct(self) -> int:
+        """How many refcount blocks there are, however often the table names each."""
+        if len(self._known) <= _FEW:
+            return len({refcount_block_offset(self.table[index]) for index in self._known})
+        from .wrong import distinct_blocks
+
+        return distinct_blocks(self.table)
 
     def block(self, index: int) -> bytes | None:
         """The bytes of a refcount block: zeroes where there is none; None if it cannot be read."""
@@ -127,8 +138,8 @@ class StoredRefcounts:
                 yield start, end, self._kept_block(index)
 
     @cached_property
-    def _known(self) -> list[int]:
-        return [index for index, entry in enumerate(self.table) if refcount_block_offset(entry)]
+    def _known(self) -> Sequence[int]:
+        return array("L", (index for index, entry in enumerate(self.table) if refcount_block_offset(entry)))
 
     def _kept_block(self, index: int) -> bytes | None:
         if index in self._kept:

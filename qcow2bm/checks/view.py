@@ -31,6 +31,7 @@ from ..image.references import Kind, Reference, l1_owner, structures
 from .census import Census, Mismatch
 from .model import Allocation
 from .stored import StoredRefcounts
+from .telling import Telling
 
 Progress = Callable[[int, int], None]
 
@@ -64,6 +65,7 @@ class View:
         image: file, header, extensions and geometry; nothing of it has been judged.
         faults: what is wrong with the header and the extensions' area as such.
         as_qemu: count what qemu-img counts, where it counts what is not there.
+        telling: how many findings are told one by one.
         progress: called with bytes of L2 tables read, and to read.
         snapshots: left by the snapshot table's pass: offset in the file and entry.
         snapshots_length: bytes of the snapshot table, as far as it could be read.
@@ -87,13 +89,16 @@ class View:
             still are among those given; set by whoever knows how to look at it.
     """
 
-    def __init__(self, image: Qcow2Image, faults: tuple[Fault, ...], *, as_qemu: bool, progress: Progress) -> None:
+    def __init__(
+        self, image: Qcow2Image, faults: tuple[Fault, ...], *, as_qemu: bool, telling: Telling, progress: Progress
+    ) -> None:
         self.image = image
         self.file = image.file
         self.header = image.header
         self.geometry = image.geometry
         self.faults = faults
         self.as_qemu = as_qemu
+        self.telling = telling
         self.progress = progress
         self.snapshots: list[tuple[int, SnapshotEntry]] = []
         self.snapshots_length = 0
@@ -154,7 +159,9 @@ class View:
 
     def structures(self) -> Iterator[Reference]:
         """Everything but L2 tables, guest data and bitmaps, as ranges with an owner."""
-        yield from structures(self.image, self.stored.table, self.crypto_header)
+        end = self.file_size  # of what begins behind it nothing is counted, and there may be very much
+        blocks = array("Q", (entry if entry < end else 0 for entry in self.stored.table))
+        yield from structures(self.image, blocks, self.crypto_header)
         yield from self.root_tables()
 
     def root_tables(self) -> Iterator[Reference]:

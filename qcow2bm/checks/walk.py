@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -49,7 +50,8 @@ class TableWalk:
         version, data_file = view.header.version, view.header.has_data_file
         view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
         bitmap_entries = sum(bitmap.entry.bitmap_table_size for bitmap in view.bitmaps)
-        if max(entries, view.l2_tables, bitmap_entries) > _PLAIN_ENTRIES or self._many_blocks():
+        l1_entries = sum(root.entries for root in view.roots if root.fault is None)
+        if max(entries, l1_entries, bitmap_entries) > _PLAIN_ENTRIES or self._many_blocks():
             from .bulk import BulkCensus
 
             view.census = BulkCensus(
@@ -119,10 +121,11 @@ class TableWalk:
     def _present(self, offsets: Sequence[int]) -> Iterator[int]:
         """The tables that may hold entries: those in holes and past the end of the file are all zeroes."""
         file, size = self._view.file, self._geometry.cluster_size
-        odd = sum(1 for offset in offsets if not self._geometry.is_aligned(offset))
+        cut = size - 1
+        odd = sum(1 for offset in offsets if offset & cut)
         if odd * size > _READ_ANYWAY:  # any number of these may lie in the same few bytes
             self._view.complete = False
-            offsets = [offset for offset in offsets if self._geometry.is_aligned(offset)]
+            offsets = array("Q", (offset for offset in offsets if not offset & cut))
         if len(offsets) * size <= _READ_ANYWAY:
             yield from (offset for offset in offsets if offset < file.size)
             return

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from .committing import reporting
 from .qemu_checking import Totals, check, opened_as_qemu
 from .qemu_options import (
     USAGE,
@@ -89,6 +91,16 @@ def _carry_out(request: Request) -> int:
             _look(request, totals)
     finally:
         totals.flush()
+    with reporting(Path(request.image)) if totals.changed else contextlib.nullcontext():
+        return _report(request, totals)
+
+
+def _report(request: Request, totals: Totals) -> int:
+    """Print what came of it; the exit status.
+
+    Raises:
+        RefusedError: the check has failed.
+    """
     if request.output == "human" and not request.quiet and (totals.corruptions_fixed or totals.leaks_fixed):
         print(_fixed(totals))
     if totals.failure is not None:

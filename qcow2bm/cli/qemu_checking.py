@@ -25,6 +25,7 @@ class Totals:
 
     Attributes:
         clusters: of the virtual disk.
+        changed: the image was written to.
         allocation: other statistics of the image; None as long as nothing has been checked to the end.
     """
 
@@ -34,6 +35,7 @@ class Totals:
     corruptions_fixed: int = 0
     leaks_fixed: int = 0
     clusters: int = 0
+    changed: bool = False
     allocation: Allocation | None = None
     failure: str | None = None
     corruption_signaled: bool = False

@@ -69,7 +69,8 @@ class _Separation:
         self._streamed: set[int] = set()
         self._claimed: set[int] = set()
         self._pending: list[tuple[int, bytes, str]] = []
-        self._copied = 0
+        self._copied = self._met = 0
+        self._most_met = _MOST_CLUSTERS + self._shared.count
         self._filter: ClusterFilter | None = None
 
     def run(self, step: Step) -> None:
@@ -136,6 +137,9 @@ class _Separation:
 
     def _note_streams(self, table: _Table) -> None:
         for _, entry in self._hits(table):
+            self._met += table.active
+            if self._met > self._most_met:
+                raise _too_many(_MOST_CLUSTERS)  # one use of each may stay
             if entry.is_compressed:
                 descriptor = CompressedDescriptor.parse(entry.value, self._geometry)
                 touched = set(self._touched(descriptor.offset, descriptor.length))
@@ -223,9 +227,12 @@ class _Separation:
         length = self._copied * self._geometry.cluster_size
         room = None if self._shop.file.is_device else self._shop.file.base.free_space()
         if self._copied > _MOST_CLUSTERS or length > (_MOST_BYTES if room is None else min(room, _MOST_BYTES)):
-            raise NoSpaceError(
-                f"more than {self._copied - 1} clusters would have to be copied", hint="copy the disk with `convert`"
-            )
+            raise _too_many(self._copied - 1)
+
+
+def _too_many(clusters: int) -> NoSpaceError:
+    text = f"more than {clusters} clusters would have to be copied"
+    return NoSpaceError(text, hint="copy the disk with `convert`")
 
 
 class _Ranges:
@@ -242,6 +249,11 @@ class _Ranges:
             start, stop = self._ranges[place]
             yield from range(max(first, start), min(last + 1, stop))
             place += 1
+
+    @property
+    def count(self) -> int:
+        """How many there are, if none is in two ranges."""
+        return sum(stop - start for start, stop in self._ranges)
 
     def numbers(self) -> Iterator[int]:
         """All of them; no more than a repair would copy."""

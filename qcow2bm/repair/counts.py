@@ -56,10 +56,26 @@ def _owns_table(shop: Workshop) -> bool:
 
 
 def _drop_blocks(shop: Workshop, found: list[Finding]) -> None:
-    start = shop.image.header.refcount_table_offset
-    for first, entries in sorted({(finding.values["index"], finding.values["entries"]) for finding in found}):
+    start, geometry = shop.image.header.refcount_table_offset, shop.seen.geometry
+    if any(finding.folded for finding in found):
+        wrong = _all_wrong(shop, {finding.code for finding in found})
+    else:
+        wrong = iter(sorted({(finding.values["index"], finding.values["entries"]) for finding in found}))
+    last = div_up(geometry.clusters(shop.file.base.size), geometry.refcounts_per_block)
+    for first, entries in wrong:
         shop.write(start + 8 * first, bytes(8 * entries), f"refcount table: entry {first}")
-        shop.uncounted.update(range(first, first + entries))
+        shop.uncounted.update(range(first, min(first + entries, last)))
+
+
+def _all_wrong(shop: Workshop, codes: set[str]) -> Iterator[tuple[int, int]]:
+    """The entries of the refcount table with these problems: index of the first of a run, and how many."""
+    from ..checks.blocks import BlockRuns
+    from ..checks.bulk import BulkCensus
+
+    census = shop.seen.census
+    assert isinstance(census, BulkCensus), "findings are folded where there are very many"
+    judged = BlockRuns(shop.seen.stored.table, census, counted=True)
+    yield from judged.entries(codes)
 
 
 def raised(shop: Workshop) -> Iterator[Proposal]:

@@ -9,6 +9,7 @@ from functools import partial
 from ..checks.model import RepairClass, Severity
 from ..checks.problems import PROBLEMS
 from ..format.header import INCOMPATIBLE_FIELD, Incompatible
+from . import whole_tables
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
 
@@ -27,6 +28,9 @@ def _correct(shop: Workshop) -> None:
     for finding in shop.found("copied-l1", "copied-l2"):
         place, values = finding.location.host_offset, finding.values
         assert place is not None, "findings about entries say where they are"
+        if finding.folded:
+            whole_tables.mend_flags(shop, finding)
+            continue
         if not shop.owns(place):
             continue
         size = 8 if finding.code == "copied-l1" else shop.seen.geometry.l2_entry_size

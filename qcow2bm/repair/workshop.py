@@ -86,6 +86,7 @@ class Workshop:
         self._is_stale = True
         self._findings: dict[str, list[Finding]] = {}
         self._shared = self._dangling = _Spans()
+        self._too_many = False
         self._searched = 0
         self._end = 0
 
@@ -96,6 +97,7 @@ class Workshop:
         if not self._is_stale:
             return self._findings
         inspection = inspect(self.file, locked=True, progress=self.progress)
+        self._too_many = False
         found: dict[str, list[Finding]] = defaultdict(list)
         dangling = _Spans()
         for finding in chain(inspection.early, inspection.findings(OPENING)):
@@ -103,7 +105,9 @@ class Workshop:
         if inspection.view is not None and UNKNOWN_INCOMPATIBLE not in found:
             size = inspection.view.geometry.cluster_size
             for finding in inspection.findings(CHECKING + BEYOND):
-                if finding.code.endswith("-outside"):
+                if finding.folded:
+                    self._too_many = self._too_many or finding.code.endswith("-outside")
+                elif finding.code.endswith("-outside"):
                     start = finding.values["offset"]
                     dangling.add(start // size, (start + finding.values.get("size", size) - 1) // size + 1)
                 if len(found[finding.code]) < _MOST_FINDINGS:
@@ -290,6 +294,9 @@ class Workshop:
         geometry = view.geometry
         used = max(geometry.clusters(view.allocation.image_end_offset), self._end)
         first = used if self.file.is_device else max(used, geometry.clusters(self.file.size))
+        if self._too_many:
+            text = "more damaged entries name something behind the end of the file than are looked at one by one"
+            raise NoSpaceError(text, hint="allow to give them up")
         # What an entry names past the end of the file reads as zeroes: nothing else may come to lie there.
         while (stop := self._dangling.first_stop(first, first + count)) is not None:
             first = stop

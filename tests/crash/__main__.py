@@ -95,7 +95,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=500, help="random sets of many sectors")
     parser.add_argument("--limit", type=int, default=24, help="states of one command on one shape at most")
     parser.add_argument("--every", type=int, default=1, help="let only every n-th call fail")
-    parser.add_argument("--kills", type=int, default=2400, help="some come too late, and are not counted")
+    parser.add_argument("--kills", type=int, default=2100, help="signals that come in time")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     return parser.parse_args()
 

@@ -24,6 +24,9 @@ from tests.crash.trial import Outcome, Trial
 PAUSE = 0.004
 """Seconds before each call that writes."""
 
+_TRIES = 4
+"""For each signal that is to come in time."""
+
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 _CHILD = """
@@ -67,16 +70,20 @@ class _Ended:
 
 
 def kill(folder: Path, command: Command, shape: Shape, number: signal.Signals, rounds: int) -> Outcome:
-    """Run a command `rounds` times and end it at a random moment of its writing."""
+    """Run a command and end it at a random moment of its writing, until `rounds` signals have come in time."""
     trial = Trial(folder, command, shape)
     length = _length_of_writing(command, trial.image, shape)
     expected = set(trial.before.names) | set(Folder.read(folder).names)
     outcome, chance = Outcome(), random.Random(f"{command.name} {number}")
     judge = trial.judge()
-    for _ in range(rounds):
+    for _ in range(_TRIES * rounds):
+        if outcome.states == rounds:
+            break
         trial.before.write(folder)
         ended = _run(command.words(trial.image, shape), number, chance.random() * length)
         outcome.states += ended.in_time
+        if not ended.in_time:
+            length = min(length, ended.seconds)  # the machine was busier when it was measured
         left = set(Folder.read(folder).names) - expected
         wrong = _wrong(ended, command, number)
         if wrong is None and number is not signal.SIGKILL and left:

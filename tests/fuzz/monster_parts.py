@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import BITMAPS, OFFSET, Raw
@@ -19,6 +21,8 @@ FAR = 1 << 42
 ALL = os.environ.get("MONSTERS") == "all"
 """Tables as large as the limits allow, and every command on every image; else smaller tables and a choice."""
 L1_MOST, REFTABLE_MOST = (32 << 20, 8 << 20) if ALL else (1 << 19, 1 << 18)
+L1_NOISE, L2_NOISE, REFTABLE_NOISE = (32 << 20, 16 << 20, 8 << 20) if ALL else (1 << 21, 1 << 22, 1 << 22)
+"""Tables of nothing but nonsense: entry by entry they would take far longer than they may."""
 SNAPSHOTS_MOST, BITMAPS_MOST = (65536, 65535) if ALL else (1024, 1024)
 _SIZES = (1 << 62, 1 << 60, 1 << 56, 1 << 50, (1 << 44) - (1 << 20), 1 << 43)
 """Lengths to try, the largest first: what a file system holds ends between 8 EiB and 16 TiB."""
@@ -80,6 +84,28 @@ def fill(raw: Raw, table: int, value: int, entries: int = CLUSTER // 8) -> None:
 def l1_at(raw: Raw, offset: int, entries: int) -> None:
     raw.put(40, offset)
     raw.put(36, entries, 4)
+
+
+def l2_tables_of(raw: Raw, data: bytes) -> None:
+    """L2 tables with these bytes, and a disk as large as they map."""
+    start, count = appended(raw, data), len(data) // CLUSTER
+    l1_at(raw, appended(raw, numbered(8 * count, lambda n: COPIED | start + n * CLUSTER)), count)
+    disk_of(raw, count * CLUSTER // 8 * CLUSTER)
+
+
+def refcounts_at(raw: Raw, table: bytes) -> None:
+    """Another refcount table."""
+    raw.put(48, appended(raw, table))
+    raw.put(56, len(table) // CLUSTER, 4)
+
+
+def noise(length: int) -> bytes:
+    return Random(length).randbytes(length)
+
+
+def numbered(length: int, entry: Callable[[int], int]) -> bytes:
+    """A table whose entries follow from their numbers."""
+    return struct.pack(f">{length // 8}Q", *map(entry, range(length // 8)))
 
 
 def snapshots_at(raw: Raw, offset: int, count: int) -> None:

@@ -18,7 +18,10 @@ from tests.fuzz.monster_parts import (
     COPIED,
     FAR,
     L1_MOST,
+    L1_NOISE,
+    L2_NOISE,
     REFTABLE_MOST,
+    REFTABLE_NOISE,
     SNAPSHOTS_MOST,
     appended,
     bitmap_entry,
@@ -29,7 +32,11 @@ from tests.fuzz.monster_parts import (
     l1_at,
     l1_table,
     l2_table,
+    l2_tables_of,
+    noise,
+    numbered,
     refcount_block,
+    refcounts_at,
     snapshot_entry,
     snapshots_at,
     stretch,
@@ -101,6 +108,40 @@ def one_cluster_for_all(raw: Raw) -> None:
 def compressed_into_each_other(raw: Raw) -> None:
     """Every entry is a compressed cluster of the same bytes, each as long as can be said."""
     fill(raw, l2_table(raw), 1 << 62 | 0xFF << 54 | raw.number(l2_table(raw)) & OFFSET)
+
+
+# ---- tables of nothing but nonsense, of which no two entries are alike ----
+
+
+def l1_of_noise(raw: Raw) -> None:
+    l1_at(raw, appended(raw, noise(L1_NOISE)), L1_NOISE // 8)
+
+
+def l1_of_all_there_is(raw: Raw) -> None:
+    """Every cluster of the file is an L2 table, again and again, and so are as many behind its end."""
+    clusters = 2 * (len(raw.data) + L1_NOISE) // CLUSTER
+    l1_at(raw, appended(raw, numbered(L1_NOISE, lambda n: COPIED | n % clusters * CLUSTER)), L1_NOISE // 8)
+
+
+def l2_of_noise(raw: Raw) -> None:
+    l2_tables_of(raw, noise(L2_NOISE))
+
+
+def l2_behind_the_end(raw: Raw) -> None:
+    """What is left of a disk whose file was cut off."""
+    l2_tables_of(raw, numbered(L2_NOISE, lambda n: COPIED | FAR + n * CLUSTER))
+
+
+def refcount_table_of_noise(raw: Raw) -> None:
+    refcounts_at(raw, noise(REFTABLE_NOISE))
+
+
+def refcount_table_far_away(raw: Raw) -> None:
+    refcounts_at(raw, numbered(REFTABLE_NOISE, lambda n: (1 << 50) + n * CLUSTER))
+
+
+def refcount_table_that_is_not_aligned(raw: Raw) -> None:
+    refcounts_at(raw, numbered(REFTABLE_NOISE, lambda n: (n + 1) * 512))
 
 
 # ---- tables that name tables ----
@@ -312,6 +353,16 @@ def clusters_of_512_bytes(raw: Raw) -> None:
     raw.put(96, 0, 4)
 
 
+NOISE = tuple(
+    map(
+        Monster,
+        (
+            l1_of_noise, l1_of_all_there_is, l2_of_noise, l2_behind_the_end, refcount_table_of_noise,
+            refcount_table_far_away, refcount_table_that_is_not_aligned,
+        ),
+    )
+)  # fmt: skip
+
 MONSTERS = (
     *map(
         Monster,
@@ -336,4 +387,5 @@ MONSTERS = (
             clusters_of_512_bytes,
         )
     ),
+    *NOISE,
 )  # fmt: skip

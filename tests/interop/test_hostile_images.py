@@ -32,7 +32,7 @@ from tests.fuzz.monster_parts import (
     snapshots_at,
     sound_image,
 )  # fmt: skip
-from tests.fuzz.monsters import MONSTERS, Monster
+from tests.fuzz.monsters import MONSTERS, NOISE, Monster
 from tests.fuzz.running import CHANGING, MEMORY, READING, STATUSES
 from tests.support.qemu import qemu_img
 from tests.support.raw import OFFSET, Raw
@@ -104,6 +104,19 @@ def test_a_monster_ends_no_command_badly(alone: Alone, sound: bytes, folder: Pat
             monster.lay_out(sound, image)
         for file in folder.glob("exported*"):
             file.unlink()
+
+
+@pytest.mark.parametrize("line", ["check {image}", "repair {image} --yes --allow guess"], ids=["check", "repair"])
+@pytest.mark.parametrize("monster", NOISE[::2], ids=[monster.name for monster in NOISE[::2]])
+def test_a_table_of_nothing_but_different_nonsense_is_judged_and_mended_as_a_whole(
+    alone: Alone, sound: bytes, folder: Path, monster: Monster, line: str
+) -> None:
+    """Entry by entry it takes several times as long as is allowed here."""
+    image = folder / "image.qcow2"
+    monster.lay_out(sound, image)
+    ended = alone.run(*line.format(image=image).split(), work=WORK if ALL else WORK // 2)
+    assert ended.status in ((0, 2, 3) if line.startswith("repair") else (2,)), ended.said[-500:]
+    assert ended.memory < MEMORY + 2 * image.stat().st_blocks * 512
 
 
 # ---- names ----

@@ -169,7 +169,7 @@ def test_a_bitmap_may_be_called_debug(image: Path) -> None:
 def test_a_full_disk_under_stdout_is_an_error(image: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = spawn("list", image, stdout=full, stderr=subprocess.PIPE)
-    assert (done.returncode, done.stderr) == (1, b"qcow2bm: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, b"qcow2bm: standard output: No space left on device\n")
 
 
 def test_a_reader_that_left_is_no_error_to_talk_about(image: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from ...format.entries import COPIED, L2Entry, l1_offset, table_entries
 from ..model import Finding, Location
 from ..problems import found
-from ..view import View
+from ..view import Root, View
 
+_LARGE = 1 << 14
+"""Entries of an L1 table above which it is looked at as a whole."""
 _REMEMBERED = 1 << 12
 """Refcounts of L2 tables."""
 
@@ -18,9 +22,12 @@ _REMEMBERED = 1 << 12
 def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
     geometry, root = view.geometry, view.roots[0]
+    l1_table = view.read_l1(root)
+    if view.telling.folds and len(l1_table) > _LARGE:
+        yield from _in_bulk(view, root, l1_table)
+        return
     done: set[int] = set()
     pending: _Run | None = None
-    l1_table = view.read_l1(root)
     refcount = lru_cache(_REMEMBERED)(view.stored.get)  # any number of entries may name one table
     step = 1 if view.as_qemu else geometry.cluster_size // 8
     for index, stop in _cut(view.census.doubtful_copied(l1_table, view.miscopied), step):
@@ -46,6 +53,44 @@ def copied(view: View) -> Iterator[Finding]:
             yield from _table(view, offset, index, 1 if each else visits)
     if pending is not None:
         yield _of_l1(view, pending)
+
+
+def _in_bulk(view: View, root: Root, l1_table: array[int]) -> Iterator[Finding]:
+    """The same of a large L1 table: first its own flags, then those of the tables that it names."""
+    from ..wrong import first_of_each, words
+
+    told = 0
+    for run in _wrong_runs(view, root, l1_table):
+        if not view.telling.take("copied-l1", 1):
+            rest = len(view.census.miscopied_tables(l1_table)) - told
+            text = f"the copied flags of {rest} more L1 entries contradict the refcounts"
+            where = Location("active L1 table", run.place, run.first)
+            yield replace(found("copied-l1", text, where, count=rest), folded=True)
+            break
+        told += run.length
+        yield _of_l1(view, run)
+    for index in first_of_each(words(l1_table), view.miscopied):
+        offset = l1_offset(l1_table[index])
+        yield from _table(view, offset, index, view.miscopied[offset])
+
+
+def _wrong_runs(view: View, root: Root, l1_table: array[int]) -> Iterator[_Run]:
+    """The entries of a large L1 table with a wrong flag."""
+    geometry = view.geometry
+    pending: _Run | None = None
+    for index, stop in _cut(view.census.doubtful_copied(l1_table, ()), geometry.cluster_size // 8):
+        stored = view.stored.get(geometry.cluster_of(l1_offset(l1_table[index])))
+        if stored is None or (stored == 1) == bool(l1_table[index] & COPIED):
+            continue
+        run = _Run(root.offset + 8 * index, index, stop - index, l1_table[index], stored)
+        if pending is not None and pending.goes_on_with(run, geometry.cluster_size):
+            pending = pending._replace(length=pending.length + run.length)
+            continue
+        if pending is not None:
+            yield pending
+        pending = run
+    if pending is not None:
+        yield pending
 
 
 def _cut(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
@@ -90,8 +135,16 @@ def _table(view: View, offset: int, l1_index: int, visits: int) -> Iterator[Find
     step = 1 if view.as_qemu or visits > 1 else len(values)
     runs = view.census.miscopied_runs(values)
     parts = ((at, min(at + step, end)) for start, end in runs for at in range(start, end, step))
+    told = 0
     for index, stop in parts:
         value, length = values[index], stop - index
+        if not view.telling.take("copied-l2", 1):
+            rest = view.census.miscopied_entries(values) - told
+            text = f"the copied flags of {rest} more entries of this L2 table contradict the refcounts"
+            where = Location("L2 table", offset + index * geometry.l2_entry_size, index)
+            yield replace(found("copied-l2", text, where, count=visits * rest), folded=True)
+            return
+        told += length
         cluster = geometry.cluster_of(L2Entry(value).host_offset)
         stored = 1 if view.header.has_data_file else view.stored.get(cluster)
         guest = l1_index * geometry.l2_span + index * geometry.cluster_size

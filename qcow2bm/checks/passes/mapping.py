@@ -6,6 +6,7 @@ the order of the L1 tables, so that findings come as a reader of the mapping wou
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -16,9 +17,14 @@ from ...format.limits import MAX_L1_ENTRIES
 from ...image.mapping_tables import room_for_l1_tables
 from ..census import Use
 from ..model import Finding, InQemu, Location
+from ..plain import PlainCensus
 from ..problems import found
+from ..telling import Fold
 from ..view import Root, View
 from ..walk import TableWalk
+
+_FEW = 1 << 10
+"""Entries of an L1 table up to which they are looked at one by one, if they are sound."""
 
 Suspects = Mapping[int, tuple[int, int]]
 """L2 tables to look at entry by entry, as `TableWalk` has them."""
@@ -84,10 +90,19 @@ def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterato
         unreadable = root.snapshot is not None and not view.geometry.may_start(root.offset, 8 * root.entries)
         qemu = InQemu.FAILS if unreadable else None
         yield found(code, text, where, qemu=qemu, offset=root.offset, size=8 * root.entries)
+    entries = view.read_l1(root)
     size, cut = view.geometry.cluster_size, view.geometry.cluster_size - 1
-    for entry, start, stop in equal_entries(view.read_l1(root)):  # any number may be the same
+
+    def is_odd(entry: int) -> bool:
         offset = l1_offset(entry)
-        odd = bool(entry & L1_RESERVED or offset & cut or offset + size > view.file.size)
+        return bool(entry & L1_RESERVED or offset & cut or offset + size > view.file.size)
+
+    in_bulk = view.telling.folds and not isinstance(view.census, PlainCensus)
+    if in_bulk and (len(entries) > _FEW or any(map(is_odd, entries))):
+        yield from _in_bulk(view, entries, where, suspects, done)
+        return
+    for entry, start, stop in equal_entries(entries):  # any number may be the same
+        offset, odd = l1_offset(entry), is_odd(entry)
         if not entry or ((offset or view.as_qemu) and not odd and offset not in suspects):
             continue
         yield from _same_entries(view, entry, range(start, stop), where, odd=odd, suspects=suspects, done=done)
@@ -118,6 +133,25 @@ def _same_entries(
             yield from _l2_table(view, offset, place, 1 if each else visits)
 
 
+def _in_bulk(view: View, table: array[int], where: Location, suspects: Suspects, done: set[int]) -> Iterator[Finding]:
+    """The entries of an L1 table that is judged as a whole: those that are told of are looked at, and no others."""
+    from ..wrong import first_of_each, l1_faults, words
+
+    entries = words(table)
+    fold = Fold(view.telling, l1_faults(entries, view.geometry, view.file_size))
+    named = first_of_each(entries, suspects)
+    for index in sorted({*fold.told, *named}):
+        for finding in _same_entries(
+            view, table[index], range(index, index + 1), where, odd=True, suspects=suspects, done=done
+        ):
+            if finding.location.structure != where.structure or fold.tells(index, finding.code):
+                yield finding
+    for code, first, count in fold.rest:
+        place = replace(where, host_offset=(where.host_offset or 0) + 8 * first, index=first)
+        text = f"{count} more entries of the {where.structure} are like this, from {table[first]:#x} on"
+        yield replace(found(code, text, place, count=count), folded=True)
+
+
 def _l1_entry(view: View, entry: int, where: Location) -> Iterator[Finding]:
     offset = l1_offset(entry)
     if entry & L1_RESERVED:
@@ -132,17 +166,40 @@ def _l1_entry(view: View, entry: int, where: Location) -> Iterator[Finding]:
 def _l2_table(view: View, offset: int, place: Location, visits: int) -> Iterator[Finding]:
     """The entries of an L2 table that `visits` L1 entries name."""
     geometry = view.geometry
-    values = table_entries(view.file.read_padded(offset, geometry.cluster_size))
-    start = place.guest_offset or 0
-    for index in range(geometry.l2_entries):
+    data = view.file.read_padded(offset, geometry.cluster_size)
+    values, start = table_entries(data), place.guest_offset or 0
+    fold = _fold_of(view, data)
+    for index in range(geometry.l2_entries) if fold is None else fold.indices():
         entry = L2Entry.of(values, index, geometry)
         if not (entry.value or entry.bitmap):
             continue
-        where = Location(
-            "L2 table", offset + index * geometry.l2_entry_size, index, start + index * geometry.cluster_size,
-            geometry.cluster_size, snapshot=place.snapshot,
-        )  # fmt: skip
-        yield from _l2_entry(view, entry, where, visits)
+        for finding in _l2_entry(view, entry, _l2_place(view, offset, index, start, place.snapshot), visits):
+            if fold is None or fold.tells(index, finding.code):
+                yield finding
+    for code, first, count in fold.rest if fold is not None else ():
+        where = _l2_place(view, offset, first, start, place.snapshot)
+        text = f"{count} more entries of this L2 table are like this"
+        yield replace(found(code, text, where, count=count * visits), folded=True)
+
+
+def _fold_of(view: View, data: bytes) -> Fold | None:
+    """What to tell of an L2 table, of very many; None for all of it."""
+    if not view.telling.folds or isinstance(view.census, PlainCensus):
+        return None
+    from ..wrong import l2_faults, l2_words
+
+    version, data_file = view.header.version, view.header.has_data_file
+    entries = l2_words(data, view.geometry)
+    return Fold(view.telling, l2_faults(*entries, view.geometry, view.file_size, version=version, data_file=data_file))
+
+
+def _l2_place(view: View, offset: int, index: int, start: int, snapshot: str | None) -> Location:
+    """Entry `index` of the L2 table at `offset`, which maps the disk from `start` on."""
+    geometry = view.geometry
+    return Location(
+        "L2 table", offset + index * geometry.l2_entry_size, index, start + index * geometry.cluster_size,
+        geometry.cluster_size, snapshot=snapshot,
+    )  # fmt: skip
 
 
 def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Iterator[Finding]:

@@ -14,6 +14,8 @@ from ..model import Finding, Location
 from ..problems import found
 from ..view import View
 
+_LARGE = 1 << 10
+"""Refcount blocks above which the table is judged as a whole."""
 _KEPT_LEAKS = 1 << 16
 """Runs of leaked clusters, and of overcounted ones, that are kept for a closer look."""
 
@@ -21,6 +23,9 @@ _KEPT_LEAKS = 1 << 16
 def refcount_blocks(view: View) -> Iterator[Finding]:
     """The entries of the refcount table; counts the blocks they name."""
     geometry, census = view.geometry, view.census
+    if view.telling.folds and len(view.stored.indices()) > _LARGE:
+        yield from _in_bulk(view)
+        return
     entries = [entry for entry in view.stored.table if entry]
     if all(geometry.is_aligned(entry) for entry in entries) and census.add_unshared(entries):
         return
@@ -65,6 +70,32 @@ def _wrong(view: View, blocks: list[int]) -> Iterator[_Run]:
         for first in range(start + sound, stop, step):
             end = min(first + step, stop)
             yield _Run(code, entry, first, end - first, min(before + end - start, census.most))
+
+
+def _in_bulk(view: View) -> Iterator[Finding]:
+    """The same of a large table, judged as a whole."""
+    from ..blocks import BlockRuns
+    from ..bulk import BulkCensus
+
+    assert isinstance(view.census, BulkCensus), "so many blocks are counted in bulk"
+    runs = BlockRuns(view.stored.table, view.census)
+    told: list[Finding] = []
+    rest: list[Finding] = []
+    for code, wrong in runs.wrong.items():
+        places = wrong.nonzero()[0]
+        taken = view.telling.take(code, places.size)
+        for place in places[:taken].tolist():
+            stop = int(runs.firsts[place]) + int(runs.lengths[place])
+            length, references = int(wrong[place]), int(runs.references[place])
+            told.append(_of_table(view, _Run(code, int(runs.values[place]), stop - length, length, references)))
+        if taken < places.size:
+            count, first = int(wrong[places[taken:]].sum()), int(runs.firsts[places[taken]])
+            text = f"{count} more entries of the refcount table are like this, from entry {first} on"
+            where = Location("refcount table", view.header.refcount_table_offset + 8 * first, first)
+            rest.append(replace(found(code, text, where, count=count), folded=True))
+    view.census.count_blocks(runs.blocks)
+    yield from sorted(told, key=lambda finding: finding.values["index"])
+    yield from rest
 
 
 def _fault(view: View, entry: int) -> str | None:
@@ -135,7 +166,9 @@ def _unreadable(view: View) -> Iterator[Finding]:
     per_block = view.geometry.refcounts_per_block
     for index in view.stored.indices():
         first, stop = index * per_block, min((index + 1) * per_block, view.census.clusters)
-        if first >= stop or view.stored.is_readable(index):
+        if first >= stop:
+            return
+        if view.stored.is_readable(index):
             continue
         offset = refcount_block_offset(view.stored.table[index])
         text = f"the refcounts of {stop - first} clusters cannot be read: their block {index} is at {offset:#x}"

@@ -165,8 +165,8 @@ class Repair:
         summary = f"repair as `qemu-img check -r {self._mode.value}`"
         return self._file.plan(self._image, self._node.filled, (summary,), journaled=journaled)
 
-    def commit(self, *, undo: Path | None = None, progress: Progress | None = None) -> None:
-        """Write it, unless it was given up for want of all references.
+    def commit(self, *, undo: Path | None = None, progress: Progress | None = None) -> bool:
+        """Write it, unless it was given up for want of all references; True if there was something to write.
 
         Args:
             undo: keep what is replaced in this file, which must not exist yet.
@@ -175,13 +175,14 @@ class Repair:
             Qcow2bmError: as `qcow2bm.image.commit.commit`.
         """
         if not self._keeps:
-            return
+            return False
         base = self._file.base
         plan = self.plan(journaled=undo is not None or not base.is_device)
         if plan and base.is_device and undo is None:
             require_harmless(plan, has_new_table=self._has_new_table)
         if plan:
             carry_out(base, plan, undo=undo, progress=progress)
+        return bool(plan)
 
 
 def _counted_twice(first: Allocation, second: Allocation) -> Allocation:

@@ -1,0 +1,138 @@
+"""Which entries of whole tables are wrong, and how: what `entries.py` says of one entry, with numpy.
+
+Each function gives a mask for every problem that some entry may have, in the order in which they are told of one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..format.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    REFCOUNT_BLOCK_MASK,
+    REFCOUNT_BLOCK_RESERVED,
+    ZERO,
+)
+from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
+from ..format.vectors import Words, compressed_clusters
+
+_FEW = 1 << 10
+"""Entries that are looked up one by one."""
+
+Mask = npt.NDArray[np.bool_]
+
+
+def words(table: array[int]) -> Words:
+    """A table of native integers as numpy has it; nothing is copied."""
+    return np.frombuffer(table, np.uint64) if len(table) else np.empty(0, np.uint64)
+
+
+def l2_words(data: bytes | memoryview, geometry: Geometry) -> tuple[Words, Words]:
+    """The entries of L2 tables, and their subcluster bitmaps, all 0 if they have none."""
+    every = np.frombuffer(data, ">u8").astype(np.uint64)
+    if geometry.extended_l2:
+        return every[::2].copy(), every[1::2].copy()
+    return every, np.zeros_like(every)
+
+
+def l1_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[str, Mask]:
+    """What is wrong with entries of an L1 table."""
+    offsets = entries & np.uint64(OFFSET_MASK)
+    names: Mask = offsets != 0
+    return {
+        "l1-entry-no-table": (entries != 0) & ~names,
+        "l1-entry-reserved": names & _has(entries, L1_RESERVED),
+        "l2-outside": names & (offsets >= np.uint64(file_size)),
+        "l2-unaligned": _has(offsets, geometry.cluster_size - 1),
+    }
+
+
+def block_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[str, Mask]:
+    """What is wrong with entries of a refcount table, each by itself: one problem of each, the first."""
+    offsets = entries & np.uint64(REFCOUNT_BLOCK_MASK)
+    reserved = _has(entries, REFCOUNT_BLOCK_RESERVED)
+    unaligned = _has(offsets, geometry.cluster_size - 1) & ~reserved
+    return {
+        "refcount-block-reserved": reserved,
+        "refcount-block-unaligned": unaligned,
+        "refcount-block-outside": (offsets >= np.uint64(file_size)) & ~reserved & ~unaligned,
+    }
+
+
+def l2_faults(
+    values: Words, bitmaps: Words, geometry: Geometry, file_size: int, *, version: int, data_file: bool
+) -> dict[str, Mask]:
+    """What is wrong with entries of L2 tables."""
+    compressed = _has(values, COMPRESSED)
+    plain = ~compressed
+    offsets = values & np.uint64(OFFSET_MASK)
+    zero, allocated = _has(values, ZERO), bitmaps & np.uint64(ALL_SUBCLUSTERS)
+    standard = plain & (offsets != 0)
+    if data_file:
+        own = _has(values, COPIED) & plain
+        standard |= own if geometry.extended_l2 else own & ~zero
+    unaligned = standard & _has(offsets, geometry.cluster_size - 1)
+    holds_data = allocated != 0 if geometry.extended_l2 else ~zero
+    found = {
+        "compressed-copied": compressed & _has(values, COPIED),
+        "l2-entry-reserved": plain & _has(values, L2_RESERVED),
+        "data-unaligned": unaligned & holds_data,
+        "zero-unaligned": unaligned & ~holds_data,
+    }
+    if version == 2 or geometry.extended_l2:
+        found["zero-flag-reserved"] = plain & zero
+    if geometry.extended_l2:
+        found["subclusters-unallocated"] = plain & ~standard & (allocated != 0)
+        found["subclusters-contradict"] = standard & (allocated & bitmaps >> np.uint64(SUBCLUSTERS) != 0)
+    if data_file:
+        return found | {"compressed-data-file": compressed}
+    found["compressed-subclusters"] = compressed & (bitmaps != 0)
+    found["data-outside"] = standard & (offsets >= np.uint64(file_size))
+    found["compressed-outside"] = outside = compressed & (bitmaps == 0)
+    if outside.any():
+        outside &= compressed_clusters(values, geometry)[2] - file_size >= geometry.cluster_size
+    return found
+
+
+def first_of_each(entries: Words, wanted: Collection[int]) -> list[int]:
+    """The index of the first entry that names each of the wanted tables, in order."""
+    named = entries & np.uint64(OFFSET_MASK)
+    if not wanted:
+        return []
+    if entries.size < _FEW:
+        firsts: dict[int, int] = {}
+        for index, offset in enumerate(named.tolist()):
+            if offset and offset in wanted:
+                firsts.setdefault(offset, index)
+        return list(firsts.values())
+    places = np.flatnonzero(np.isin(named, np.fromiter(wanted, np.uint64, len(wanted))) & (named != 0))
+    _, first = np.unique(named[places], return_index=True)
+    found: list[int] = np.sort(places[first]).tolist()
+    return found
+
+
+def first_inside(table: array[int], size: int) -> Iterator[tuple[int, int]]:
+    """The refcount blocks that begin in a file of this size, in order: offset, and the first entry that names it."""
+    offsets, first = np.unique(words(table) & np.uint64(REFCOUNT_BLOCK_MASK), return_index=True)
+    inside = (offsets != 0) & (offsets < np.uint64(size))
+    yield from zip(offsets[inside].tolist(), first[inside].tolist(), strict=True)
+
+
+def distinct_blocks(table: array[int]) -> int:
+    """How many refcount blocks a table names."""
+    offsets = np.unique(words(table) & np.uint64(REFCOUNT_BLOCK_MASK))
+    return int(np.count_nonzero(offsets))
+
+
+def _has(entries: Words, bits: int) -> Mask:
+    """Entries with any of these bits."""
+    found: Mask = entries & np.uint64(bits) != 0
+    return found

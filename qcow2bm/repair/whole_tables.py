@@ -1,0 +1,116 @@
+"""The wrong entries of a table all at once: what is done where a check has folded them into one finding.
+
+Such a table holds thousands of them, and an edit of its own for each would take as long as the damage is large. A
+table is written in pieces of a cluster at most, and what something else uses too is left alone, as with single entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..checks.model import Finding
+from ..format.entries import table_entries
+from .model import GuestRange
+from .workshop import Workshop, runs
+
+if TYPE_CHECKING:
+    from ..checks.wrong import Mask
+    from ..format.vectors import Words
+
+Mend = Callable[[Any, Any], tuple[Any, Any]]
+"""What becomes of an entry and its subcluster bitmap: of one as integers, or of many as arrays."""
+_MOST_RANGES = 64
+"""Guest ranges of one table that are told apart; of more the whole is told that they lie in."""
+
+
+def _l2_table(shop: Workshop, finding: Finding) -> int:
+    """Host offset of the L2 table that a folded finding is about."""
+    where = finding.location
+    return (where.host_offset or 0) - (where.index or 0) * shop.seen.geometry.l2_entry_size
+
+
+def _l2_masked(shop: Workshop, finding: Finding) -> tuple[Words, Words, Mask]:
+    """The entries of that table as they are now, their bitmaps, and which of them have the problem."""
+    from ..checks.wrong import l2_faults, l2_words
+
+    view = shop.seen
+    geometry, version, data_file = view.geometry, view.header.version, view.header.has_data_file
+    values, bitmaps = l2_words(shop.file.read_padded(_l2_table(shop, finding), geometry.cluster_size), geometry)
+    faults = l2_faults(values, bitmaps, geometry, view.file_size, version=version, data_file=data_file)
+    return values, bitmaps, faults[finding.code]
+
+
+def _l1_masked(shop: Workshop, finding: Finding) -> tuple[int, Words, Mask]:
+    """The same of the L1 table, with its host offset."""
+    from ..checks.wrong import l1_faults, words
+
+    view, where = shop.seen, finding.location
+    start = (where.host_offset or 0) - 8 * (where.index or 0)
+    root = next(root for root in view.roots if root.offset == start and root.name == where.snapshot)
+    entries = words(view.read_l1(root)).copy()
+    return start, entries, l1_faults(entries, view.geometry, view.file_size)[finding.code]
+
+
+def guest_ranges(shop: Workshop, finding: Finding) -> Iterator[GuestRange]:
+    """What a folded finding about the active disk concerns."""
+    where, geometry = finding.location, shop.seen.geometry
+    if where.snapshot is not None:
+        return
+    if where.structure == "L2 table":
+        mask, each = _l2_masked(shop, finding)[2], geometry.cluster_size
+        start = (where.guest_offset or 0) - (where.index or 0) * each
+    else:
+        mask, each, start = _l1_masked(shop, finding)[2], geometry.l2_span, 0
+    places = mask.nonzero()[0]
+    if not places.size:
+        return
+    if int((places[1:] - places[:-1] != 1).sum()) < _MOST_RANGES:
+        for first, count in runs(places.tolist()):
+            yield start + first * each, count * each
+    else:
+        yield start + int(places[0]) * each, int(places[-1] - places[0] + 1) * each
+
+
+def mend_l2(shop: Workshop, finding: Finding, mend: Mend) -> None:
+    """Change the entries of an L2 table that have the problem."""
+    import numpy as np
+
+    values, bitmaps, mask = _l2_masked(shop, finding)
+    values[mask], bitmaps[mask] = mend(values[mask], bitmaps[mask])
+    every = np.stack([values, bitmaps][: shop.seen.geometry.l2_entry_words], axis=1)
+    _write(shop, _l2_table(shop, finding), every.astype(">u8").tobytes(), f"L2 table: {int(mask.sum())} entries")
+
+
+def mend_l1(shop: Workshop, finding: Finding, mend: Callable[[Any], Any]) -> None:
+    """Change the entries of an L1 table that have the problem."""
+    start, entries, mask = _l1_masked(shop, finding)
+    entries[mask] = mend(entries[mask])
+    _write(shop, start, entries.astype(">u8").tobytes(), f"L1 table: {int(mask.sum())} entries")
+
+
+def mend_flags(shop: Workshop, finding: Finding) -> None:
+    """Turn the copied flags of a table round that contradict the refcounts."""
+    view, where = shop.seen, finding.location
+    if where.structure == "L2 table":
+        start, size = _l2_table(shop, finding), view.geometry.l2_entry_size
+        data = bytearray(shop.file.read_padded(start, view.geometry.cluster_size))
+        places = view.census.miscopied(table_entries(bytes(data))[:: view.geometry.l2_entry_words])
+    else:
+        start, size = view.roots[0].offset, 8
+        table = view.read_l1(view.roots[0])
+        data = bytearray(shop.file.read_padded(start, 8 * len(table)))
+        places = iter(view.census.miscopied_tables(table))
+    for place in places:  # the flag is the highest bit of an entry
+        data[place * size] ^= 0x80
+    _write(shop, start, bytes(data), f"{where.structure}: copied flags")
+
+
+def _write(shop: Workshop, start: int, data: bytes, purpose: str) -> None:
+    """Write a table, without the parts of it that something else uses too."""
+    size, at = shop.seen.geometry.cluster_size, 0
+    while at < len(data):
+        end = min(len(data), at + size - (start + at) % size)
+        if shop.owns(start + at):
+            shop.write(start + at, data[at:end], purpose)
+        at = end
