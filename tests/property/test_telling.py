@@ -1,0 +1,90 @@
+"""Wrong entries that are judged as a whole count as much as those that are told one by one."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcow2bm.__main__ import main
+from qcow2bm.checks import runner
+from tests.support.qemu import qemu_img, qemu_io
+from tests.support.raw import OFFSET, Raw
+
+SHAPES = {
+    "plain": ("cluster_size=4k",),
+    "version 2": ("cluster_size=4k", "compat=0.10"),
+    "extended L2": ("cluster_size=16k", "extended_l2=on"),
+    "data file": ("cluster_size=4k", "data_file=data.raw"),
+    "raw data file": ("cluster_size=4k", "data_file=data.raw", "data_file_raw=on"),
+    "extended L2 and a data file": ("cluster_size=16k", "extended_l2=on", "data_file=data.raw"),
+}
+
+_EXAMPLES = settings().max_examples
+FLAGS = st.sets(st.sampled_from([0, 1, 2, 8, 9, 56, 61, 62, 63])).map(lambda bits: sum(1 << bit for bit in bits))
+PLACES = st.one_of(
+    st.integers(0, 80).map(lambda cluster: cluster << 12),
+    st.integers(0, 1 << 20).map(lambda sector: sector << 9),
+    st.sampled_from([1 << 40, 1 << 55, OFFSET]),
+)
+ENTRIES = st.one_of(
+    st.just(0), PLACES, st.builds(int.__or__, FLAGS, PLACES), st.integers(0, (1 << 64) - 1)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A small image with data in two L2 tables, and its bytes."""
+    folder = tmp_path_factory.mktemp("telling")
+    path = folder / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", ",".join(SHAPES[request.param]), path.name, "64M", cwd=folder)
+    qemu_io(path, "write -P 1 0 64k", "write -P 2 40M 64k")
+    return path, path.read_bytes()
+
+
+def damage(data: bytes, entries: list[int], table: str) -> Raw:
+    """The image with these entries at the beginning of a table."""
+    raw = Raw(data)
+    at = {"l1": raw.number(40), "l2": raw.number(raw.number(40)) & OFFSET, "refcounts": raw.number(48)}[table]
+    room = 8 * raw.number(36, 4) if table == "l1" else raw.cluster_size
+    new = struct.pack(f">{len(entries)}Q", *entries)[:room]
+    keep = 8 if table == "refcounts" else 0  # what counts the header, without which there is nothing to compare
+    raw.data[at + keep : at + keep + len(new)] = new
+    return raw
+
+
+@settings(max_examples=_EXAMPLES // 3)
+@given(
+    entries=st.lists(ENTRIES, min_size=1, max_size=32),
+    table=st.sampled_from(["l1", "l2", "refcounts"]),
+    told=st.integers(0, 3),
+)
+def test_what_is_folded_is_counted_as_if_it_were_told(
+    image: tuple[Path, bytes], entries: list[int], table: str, told: int
+) -> None:
+    path, data = image
+    damage(data, entries, table).save(path)
+    every = runner.check(path, limit=None)
+    with patch.object(runner, "TOLD", told):
+        folded = runner.check(path, limit=told)
+    assert folded.counts == every.counts
+    assert (folded.exit_status, folded.complete) == (every.exit_status, every.complete)
+
+
+@settings(max_examples=_EXAMPLES // 10)  # of two repairs each
+@given(entries=st.lists(ENTRIES, min_size=1, max_size=32), table=st.sampled_from(["l1", "l2", "refcounts"]))
+def test_a_table_is_mended_as_a_whole_as_it_is_entry_by_entry(
+    image: tuple[Path, bytes], entries: list[int], table: str
+) -> None:
+    path, data = image
+    repaired = []
+    for told in (None, 0):
+        damage(data, entries, table).save(path)
+        with patch.dict(runner.inspect.__kwdefaults__, {"told": told}):
+            assert main(["repair", str(path), "--yes", "--allow", "guess", "--no-undo"]) in (0, 2, 3)
+        repaired.append((runner.check(path).counts, path.read_bytes()))
+    assert repaired[0] == repaired[1]
