@@ -227,7 +227,7 @@ COMMANDS = (
     Command("clear", "clear {image} a b"),
     Command("enable", "enable {image} c"),
     Command("disable", "disable {image} a b"),
-    Command("set", "set {image} b --range 64k+300k"),
+    Command("set", "set {image} b --range 4k+900k"),
     Command("unset", "unset {image} b --range 0+{size}"),
     Command("merge", "merge {image} c a b"),
     Command("merge, with undo", "merge {image} sum a b c --create --undo {undo}"),
