@@ -56,9 +56,9 @@ def opened(image: Qcow2Image, path: Path | None) -> Iterator[ImageFile | None]:
 
             if file_identity(file) == file_identity(image.file):
                 raise UsageError("this is the image, not its data file")
-            _require_no_image(file, image.extensions.text(ExtensionType.DATA_FILE))
             if image.locked:
                 take_locks(file, writable=False, force_share=False)
+            _require_no_image(file, image.extensions.text(ExtensionType.DATA_FILE))
         yield file
     finally:
         file.close()
