@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -70,9 +70,16 @@ def _bitmaps(image: Path, shape: Shape, option: str, *names: str) -> None:
         qemu_img("bitmap", option, *opening, file, name, cwd=image.parent)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """What a command prints meanwhile, kept."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        yield out
+
+
 def _quietly(*words: str | Path) -> None:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with quiet() as said:
         status = __main__.main([str(word) for word in words])
     assert status in (0, 2, 3), said.getvalue()
 

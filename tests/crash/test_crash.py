@@ -12,12 +12,12 @@ from qcow2bm.cli import app
 from qcow2bm.image import overlay
 from qcow2bm.image.file import ImageFile
 from tests.crash.choosing import sampled, thorough
-from tests.crash.commands import COMMANDS, Command
+from tests.crash.commands import COMMANDS, Command, quiet
 from tests.crash.disk import Folder, Op, by_number, states
 from tests.crash.recorder import recorded
 from tests.crash.replay import replay
 from tests.crash.shapes import SHAPES, Shape
-from tests.crash.trial import named, quiet
+from tests.crash.trial import named
 
 LIMIT = 8
 """States of one command on one shape in an ordinary run."""

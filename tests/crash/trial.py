@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from tests.crash.commands import Command
+from tests.crash.commands import Command, quiet
 from tests.crash.disk import Folder
 from tests.crash.judge import Judge, Truth, settle
 from tests.crash.shapes import Shape
@@ -68,11 +66,3 @@ _Row = TypeVar("_Row", bound=_Named)
 def named(rows: Iterable[_Row], name: str) -> _Row:
     """The command, shape or fault of a name."""
     return next(row for row in rows if row.name == name)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[io.StringIO]:
-    """What a command prints meanwhile, kept."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        yield out

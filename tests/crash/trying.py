@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.crash.commands import Command
+from tests.crash.commands import Command, quiet
 from tests.crash.faults import Fault, failing
 from tests.crash.shapes import Shape
-from tests.crash.trial import Outcome, Trial, quiet
+from tests.crash.trial import Outcome, Trial
 
 EACH_OF = 200
 """The first calls, of which each fails once."""

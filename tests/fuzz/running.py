@@ -58,7 +58,7 @@ _NAMES = ("a", "b", "daily", "full", "one", "b0", "b1", "nothing")
 
 _WITH_A_FILE = 0.15
 """The share of commands that are given a hostile file beside a sound image."""
-_MAY_WRITE_ALL_THE_SAME = ("repair", "check", "qemu-img", "info")
+_MAY_WRITE_ALL_THE_SAME = ("repair", "check", "qemu-img")
 """Commands that may have done something although their status is not 0: what could not be repaired is told by it."""
 
 _HANDED_OVER = "the drop-in has left the image to the real qemu-img"
