@@ -150,7 +150,7 @@ class _Wanted:
 def _noted(undo_file: Path) -> NotedDataFile | None:
     """What is noted of it; None also where the undo file cannot be read, of which `api.undo` says more."""
     try:
-        with api.open_undo(undo_file) as held:
+        with naming(undo_file), api.open_undo(undo_file) as held:
             return held.undo.data_file
     except UndoError:
         return None

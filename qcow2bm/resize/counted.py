@@ -1,4 +1,4 @@
-"""Whether references may be taken away: only where the refcounts are known to be at least what refers to clusters."""
+"""Whether references may be taken away, or the file's end: only where no refcount is below what refers to a cluster."""
 
 from __future__ import annotations
 

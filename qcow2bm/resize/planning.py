@@ -22,6 +22,7 @@ from ..image.image import Qcow2Image
 from ..image.plan import SECTOR, DiskSize, Plan
 from . import data_file as external
 from .bitmaps import History, Sized, Sizes, Tail, lines, sized, sized_bitmaps
+from .counted import require_counted
 from .header import switch
 from .mapping import Filling, NewMapping
 from .tidying import plan_tidying
@@ -158,6 +159,8 @@ class _Resize:
         )
         plan = replace(plan, disk=DiskSize(self._old, self._new, tail.exposed_bytes))
         if self._new < self._old:
+            if mapping.dropped is None:  # else it is checked by now: what is cut off with the file's end, and the blocks that go, count nothing
+                require_counted(image)
             plan = replace(self._change.trimmed(plan), then=plan_tidying)
         if self._data_file is not None:
             plan = replace(plan, data_file=external.lengths(image, self._data_file, self._old, self._new))

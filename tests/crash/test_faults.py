@@ -34,6 +34,8 @@ def test_a_failing_call_is_an_error_and_no_harm(command: Command, fault: Fault) 
 
 
 FOUND = (
+    # What the undo file notes of a data file was read first, and an error there named nothing.
+    ("undo", "internal snapshot", "other errors"),
     # The journal was gone already when its folder could not be flushed, and a rollback without it was cut short.
     ("remove the last", "extension outside the first sector", "flush errors"),
     # An export file that could be opened and not looked at: the message did not say which, and it stayed open.

@@ -19,6 +19,7 @@ import qcow2bm
 from qcow2bm.errors import (
     BitmapInconsistentError,
     BitmapLimitError,
+    CorruptImageError,
     ImageIOError,
     UnsupportedImageError,
     UsageError,
@@ -867,3 +868,23 @@ def require_marked(
             assert covered[offset:end].count(1) == max(0, end - offset), name
         for sector in range(old, len(now), 512):
             assert covered[sector] or not any(now[sector : sector + 512]), (name, sector)
+
+
+@pytest.mark.parametrize("written", [(0,), (0, 40)], ids=["nothing is dropped", "the end is dropped"])
+@pytest.mark.parametrize("undo", [False, True], ids=["", "with undo"])
+def test_a_shrink_does_not_go_by_refcounts_that_lie(tmp_path: Path, written: tuple[int, ...], undo: bool) -> None:
+    """The file's end would be cut off with the guest's data, which nothing counts."""
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "64M")
+    qemu_io(image, *(f"write -P 1 {at}M 256k" for at in reversed(written)))
+    raw = Raw.load(image)
+    for guest in (2, 3):
+        raw.set_refcount(raw.number(raw.l2_entry(guest)) & OFFSET, 0)
+    raw.save(image)
+    before = image.read_bytes()
+    with (
+        qcow2bm.open(image, writable=True) as opened,
+        pytest.raises(CorruptImageError, match="the image is damaged"),
+    ):
+        opened.commit(qcow2bm.plan_resize(opened, 32 * MIB, shrink=True), undo=tmp_path / "undo" if undo else None)
+    assert image.read_bytes() == before
