@@ -159,7 +159,8 @@ class _Resize:
         )
         plan = replace(plan, disk=DiskSize(self._old, self._new, tail.exposed_bytes))
         if self._new < self._old:
-            if mapping.dropped is None:  # else it is checked by now: what is cut off with the file's end, and the blocks that go, count nothing
+            # The file's end is cut off, and blocks that count nothing go: by refcounts that must not be too low.
+            if mapping.dropped is None:  # else that was seen when the first reference went
                 require_counted(image)
             plan = replace(self._change.trimmed(plan), then=plan_tidying)
         if self._data_file is not None:
