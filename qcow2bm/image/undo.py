@@ -82,16 +82,21 @@ class UndoFile(UndoReader):
     @contextlib.contextmanager
     def _journaled(self, image: ImageFile) -> Iterator[None]:
         """In progress, and where a crash could tear the image on the way, its journal until all is put back."""
-        journal = image.journal
         if not self._summary.journaled or image.is_device:
             self._set_state(State.IN_PROGRESS)
             yield
             return
+        image.require_its_name()
+        journal, before = image.journal, self.state
         # As long as it says "complete" a journal does nothing, so it may be there before the undoing begins.
         named = (image.has_journal and journal.samefile(self.path)) or second_name(self.path, journal)
         self._set_state(State.IN_PROGRESS)
         if not named:
-            second_copy(self._fd, journal, os.fstat(image.fd).st_mode & 0o666)
+            try:
+                second_copy(self._fd, journal, os.fstat(image.fd).st_mode & 0o666)
+            except OSError:
+                self._set_state(before)
+                raise
         yield
         drop(journal)
 
@@ -208,7 +213,7 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, *, force: bool) -> 
 def _require_half_way(undo: UndoReader, image: ImageFile, found: Standing, *, force: bool) -> None:
     """A change, or an undo of it, was cut short. The image must be as that left it."""
     _require_familiar(undo, found)
-    if not found.untouched:
+    if not (found.untouched or found.finished):
         _require_own_work(undo, image)
     # Only the corrupt bit would have kept others out, and nobody has noted the time stamp that the crash left.
     if not (found.untouched or is_marked(image) or force):
@@ -273,7 +278,7 @@ def _belongs(journal: UndoReader, image: ImageFile) -> bool:
     if journal.state is not State.IN_PROGRESS:
         return True
     found = standing(journal, image)
-    return found.finished or (found.untouched and os.fstat(image.fd).st_mtime_ns == journal.mtime_before_ns)
+    return found.finished or (found.untouched and journal.is_of(image))
 
 
 def _set_aside(path: Path) -> Path:

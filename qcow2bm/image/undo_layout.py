@@ -46,7 +46,7 @@ _FIELDS_1 = {
     "records": Int64ul,
 }
 _FIELDS_2 = {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl, "journaled": Int64ul}
-_FIELDS_3 = {"given_up": Int64ul, "given_up_at": Int64ul}
+_FIELDS_3 = {"given_up": Int64ul, "given_up_at": Int64ul, "inode": Int64ul}
 _FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | _FIELDS_2, 3: _FIELDS_1 | _FIELDS_2 | _FIELDS_3}
 
 _RECORD = struct.Struct("<6Q2I")
@@ -170,6 +170,7 @@ class Summary:
         kept: how many kept ranges and pieces there are, `kept_at` being where they start.
         made_ns: when the file was made; 0 if that is not known.
         given_up: how many pieces of clusters that were given up there are, `given_up_at` being where they start.
+        inode: number of the image's inode, 0 if that is not known.
         journaled: 1 if a crash could tear the change, and so its undoing, 0 if not.
     """
 
@@ -186,6 +187,7 @@ class Summary:
     journaled: int = 0
     given_up: int = 0
     given_up_at: int = 0
+    inode: int = 0
     version: int = VERSION
 
     def build(self) -> bytes:

@@ -112,6 +112,13 @@ class UndoReader:
         """When it was made, in nanoseconds since 1970; of an old file when its change was done, or None."""
         return self._summary.made_ns or self._summary.mtime_ns or None
 
+    def is_of(self, image: ImageFile) -> bool:
+        """True if it was made for this very file, not for another one of its name; of old undo files by time stamp."""
+        status = os.fstat(image.fd)
+        if self._summary.inode:
+            return self._summary.inode == status.st_ino
+        return self.mtime_before_ns == status.st_mtime_ns
+
     @property
     def mtime_before_ns(self) -> int:
         """Time stamp of the image before the change."""

@@ -16,8 +16,7 @@ from enum import Enum
 from ..format.header import Incompatible
 from .file import ImageFile
 from .mark import FEATURES, features_of, has_mark
-from .plan import SECTOR
-from .undo_layout import State, crc
+from .undo_layout import crc
 from .undo_reader import Record, UndoReader
 
 _WINDOW = 64 << 10
@@ -69,7 +68,7 @@ def standing(undo: UndoReader, image: ImageFile) -> Standing:
 
 def since(undo: UndoReader, image: ImageFile) -> Since:
     """What has happened to an image since the change was done; raises UndoError if the undo file is damaged."""
-    if undo.state is State.COMPLETE and not undo.is_seen(image):
+    if undo.mtime_ns and not undo.is_seen(image):
         return Since.CHANGED
     found = standing(undo, image)
     if not (found.finished and found.familiar):
@@ -113,33 +112,14 @@ def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
     A barrier follows every stage. As far as a later one has begun, those before it are complete; the clusters of the
     stage itself are as before or filled. The same refcount may have been written by somebody else.
     """
-    reached = max((record.stage for record in undo.records if _has_begun(undo, image, record)), default=-1)
-    # The first sector is written more than once, and so not by every stage as that has left it.
-    rewrites = (record for record in undo.records if record.new_at is not None and record.offset >= SECTOR)
-    if not all(_is_rewritten(undo, image, record) for record in rewrites if record.stage < reached):
+    reached = max((window.reached() for window in _windows(undo, image)), default=-1)
+    if not all(window.is_rewritten_before(reached) for window in _windows(undo, image)):
         return False
     return all(
         _is_as_filled(image, record) or (record.stage == reached and _is_as_before(undo, image, record))
         for record in undo.records
         if record.filled and record.stage <= reached
     )
-
-
-def _has_begun(undo: UndoReader, image: ImageFile, record: Record) -> bool:
-    """True if any byte of a rewrite is the new one, and was not before."""
-    if record.new_at is None:
-        return False
-    for start, stop in pieces(record.offset, record.end):
-        old, new = undo.old(record, start, stop), undo.new(record, start, stop)
-        now = image.read_padded(start, stop - start)
-        if now != old and any(a == b != c for a, b, c in zip(now, new, old, strict=True)):
-            return True
-    return False
-
-
-def _is_rewritten(undo: UndoReader, image: ImageFile, record: Record) -> bool:
-    parts = pieces(record.offset, record.end)
-    return all(undo.new(record, start, stop) == image.read_padded(start, stop - start) for start, stop in parts)
 
 
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
@@ -179,6 +159,7 @@ def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
 class _Part:
     """A rewrite as far as it lies in a window: `place` is where."""
 
+    stage: int
     place: slice
     old: bytes
     new: bytes
@@ -220,6 +201,40 @@ class _Window:
         return bool(known[rewritten].all())
 
 
+    def reached(self) -> int:
+        """The last stage of which a byte is seen that nothing before it can have left there; -1 if there is none."""
+        import numpy as np  # rarely needed, and slow to load
+
+        now, reached = np.frombuffer(self.now, np.uint8), -1
+        earlier, touched = np.zeros((2, len(now)), bool)
+        for part in self.parts:
+            at = part.place
+            earlier[at] |= (now[at] == np.frombuffer(part.old, np.uint8)) & ~touched[at]
+            touched[at] = True
+            new = now[at] == np.frombuffer(part.new, np.uint8)
+            if (new & ~earlier[at]).any():
+                reached = max(reached, part.stage)
+            earlier[at] |= new
+        return reached
+
+    def is_rewritten_before(self, stage: int) -> bool:
+        """True if all that stages before this one rewrite is as the last of them leaves it, or as this one does.
+
+        More than one may rewrite a byte: refcounts share them.
+        """
+        import numpy as np  # rarely needed, and slow to load
+
+        now = np.frombuffer(self.now, np.uint8)
+        expected, right = now.copy(), np.zeros(len(now), bool)
+        for part in self.parts:
+            new = np.frombuffer(part.new, np.uint8)
+            if part.stage < stage:
+                expected[part.place] = new
+            elif part.stage == stage:
+                right[part.place] |= now[part.place] == new
+        return bool((right | (now == expected)).all())
+
+
 def _windows(undo: UndoReader, image: ImageFile) -> Iterator[_Window]:
     """The windows of the image that rewrites touch."""
     touching: dict[int, list[Record]] = defaultdict(list)
@@ -238,5 +253,5 @@ def _window(undo: UndoReader, image: ImageFile, first: int, records: Sequence[Re
     for record in records:
         low, high = max(start, record.offset), min(stop, record.end)
         place = slice(low - start, high - start)
-        parts.append(_Part(place, undo.old(record, low, high), undo.new(record, low, high)))
+        parts.append(_Part(record.stage, place, undo.old(record, low, high), undo.new(record, low, high)))
     return _Window(image.read_padded(start, stop - start), tuple(parts))

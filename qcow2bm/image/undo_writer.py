@@ -67,7 +67,7 @@ class UndoWriter:
         tearable = any(stage.journaled for stage in stages)
         summary = Summary(
             State.IN_PROGRESS, 0, image.size, size_after, status.st_mtime_ns, 0, 0, made_ns=time.time_ns(),
-            journaled=int(tearable),
+            journaled=int(tearable), inode=status.st_ino,
         )  # fmt: skip
         writer = cls(fd, path, summary)
         try:
@@ -196,8 +196,8 @@ def _outlive(mtime_ns: int) -> None:
     """
     tick = 2 * 10**9 if mtime_ns % 10**9 == 0 else 10**7
     left = mtime_ns + tick - time.time_ns()
-    if 0 < left <= tick:
-        time.sleep(left / 10**9)
+    if left > 0:  # more than a tick where a server has another idea of the time
+        time.sleep(min(left, tick) / 10**9)
 
 
 def write_summary(fd: int, summary: Summary) -> None:

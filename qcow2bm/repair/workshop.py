@@ -106,7 +106,9 @@ class Workshop:
             size = inspection.view.geometry.cluster_size
             for finding in inspection.findings(CHECKING + BEYOND):
                 if finding.folded:
-                    self._too_many = self._too_many or finding.code.endswith("-outside")
+                    self._too_many = self._too_many or (
+                        finding.code.endswith("-outside") and finding.code != "refcount-block-outside"
+                    )
                 elif finding.code.endswith("-outside"):
                     start = finding.values["offset"]
                     dangling.add(start // size, (start + finding.values.get("size", size) - 1) // size + 1)

@@ -21,17 +21,19 @@ from tests.support.qemu import qemu_img
 from tests.support.scenes import three
 
 
-def test_the_journal_of_an_image_that_was_moved_away_is_set_aside(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("exact", [False, True], ids=["a newer one", "as it was, time stamp and all"])
+def test_the_journal_of_an_image_that_was_moved_away_is_set_aside(tmp_path: Path, exact: bool, capsys) -> None:
     """A backup has its name now, and it is all that leads back there."""
     image, elsewhere = damaged(tmp_path), tmp_path / "broken.qcow2"
-    shutil.copyfile(image, tmp_path / "backup")
-    qemu_img("check", "-q", "-r", "all", tmp_path / "backup", check=False)
+    shutil.copy2(image, tmp_path / "backup")
+    if not exact:
+        qemu_img("check", "-q", "-r", "all", tmp_path / "backup", check=False)
     before = image.read_bytes()
     states = list(cut_short(image, "repair", "--yes", "--no-undo"))
     states[len(states) // 2].write(tmp_path)
     image.rename(elsewhere)
-    shutil.copyfile(tmp_path / "backup", image)
-    assert main(["add", str(image), "new"]) == 0
+    shutil.copy2(tmp_path / "backup", image)
+    assert main(["remove", str(image), "a"]) == (2 if exact else 0)  # the old one is damaged
     stale = tmp_path / f"{JOURNAL}.stale"
     assert str(stale) in capsys.readouterr().err
     assert main(["undo", str(elsewhere), str(stale)]) == 0
@@ -107,3 +109,21 @@ def test_no_later_write_leaves_the_time_stamp_of_a_change(
     assert main(["remove", str(image), "a", "--undo", str(tmp_path / "undo")]) == 0
     assert slept
     assert least < max(slept) <= (2.0 if second else 0.011)
+
+
+def test_no_journal_of_an_undo_is_written_beside_a_file_that_has_taken_the_name(tmp_path: Path, monkeypatch) -> None:
+    image, undo = damaged(tmp_path), tmp_path / "undo"
+    assert main(["repair", str(image), "--yes", "--undo", str(undo)]) == 0
+    after, real = image.read_bytes(), undo_module.require_restorable
+
+    def meanwhile(*words: object, **options: object) -> None:
+        real(*words, **options)  # type: ignore[arg-type]
+        image.rename(tmp_path / "moved")
+        shutil.copyfile(tmp_path / "moved", image)
+
+    monkeypatch.setattr(undo_module, "require_restorable", meanwhile)
+    assert main(["undo", str(image), str(undo)]) == 1
+    assert (tmp_path / "moved").read_bytes() == image.read_bytes() == after
+    assert not (tmp_path / JOURNAL).exists()
+    monkeypatch.undo()
+    assert main(["undo", str(tmp_path / "moved"), str(undo)]) == 0

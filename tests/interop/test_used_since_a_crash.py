@@ -16,7 +16,11 @@ import pytest
 import qcow2bm
 from qcow2bm.__main__ import main
 from qcow2bm.errors import InterruptedChangeError, UndoError, UnsupportedImageError
+from qcow2bm.image import undo_writer
+from qcow2bm.image.undo import State, UndoFile
 from qcow2bm.image.undo_reader import UndoReader
+from tests.crash.disk import Folder
+from tests.crash.recorder import recorded
 from tests.support.cut_short import JOURNAL, cut_short, damage, damaged, is_open_to_qemu
 from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
 from tests.support.raw import Raw
@@ -275,3 +279,49 @@ def test_a_leak_repair_of_qemu_that_leaves_the_corrupt_bit_takes_our_mark_away(t
             marked += 1
             assert not Raw.load(image).number(88) >> 63
     assert marked
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k,refcount_bits=1", "cluster_size=512", "cluster_size=64k"])
+@pytest.mark.parametrize("command", ["remove {} a", "clear {} a b", "merge {} b a", "rename {} b another-name"])
+def test_a_change_that_was_done_and_not_noted_is_undone_by_force(
+    tmp_path: Path, options: str, command: str, monkeypatch
+) -> None:
+    """What one stage raises another lowers, in the same bytes, and nobody has used the image."""
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, image, "4M")
+    for name in "abc":
+        qemu_img("bitmap", "--add", "-g", "512", image, name)
+    qemu_io(image, "write -P 1 1M 1M")
+    assert main(["clear", str(image), "b"]) == 0
+    before = image.read_bytes()
+
+    def dies(_: int) -> None:
+        raise ZeroDivisionError  # which is no error of ours
+
+    with monkeypatch.context() as patch:
+        patch.setattr(undo_writer, "_outlive", dies)
+        assert main([*command.format(image).split(), "--undo", str(undo)]) == 1
+    assert image.read_bytes() != before
+    done = Folder.read(tmp_path)
+    with recorded(tmp_path) as ops:
+        assert main(["undo", str(image), str(undo), "--force"]) == 0
+    assert image.read_bytes() == before
+    for number in range(len(ops) + 1):
+        done.after(ops[:number]).write(tmp_path)
+        status = main(["undo", str(image), str(undo), "--force"])
+        assert status == 0 or image.read_bytes() == before, "it has been used already"
+        assert image.read_bytes() == before
+
+
+def test_a_header_that_has_changed_is_seen_although_an_undo_had_begun(tmp_path: Path) -> None:
+    """It had noted that, and put nothing back yet."""
+    image, undo = small_of_three(tmp_path), tmp_path / "undo"
+    assert main(["remove", str(image), "a", "--undo", str(undo)]) == 0
+    with UndoFile(undo) as held:
+        held._set_state(State.IN_PROGRESS)
+    with image.open("r+b") as file:
+        file.seek(0x500)
+        file.write(b"new")
+    before = image.read_bytes()
+    assert main(["undo", str(image), str(undo), "--force"]) == 1
+    assert image.read_bytes() == before

@@ -41,7 +41,7 @@ from tests.support.scenes import (
 from tests.support.states import Bitmaps, bitmaps
 
 JOURNAL = "image.qcow2.qcow2bm-journal"
-USED_HEADER = 116  # magic, fields and checksum; the rest of the first sector is padding
+USED_HEADER = 124  # magic, fields and checksum; the rest of the first sector is padding
 RECORD = ("stage", "offset", "length", "old_stored", "new_stored", "filled", "filled_crc", "crc")
 RECORD_FORMAT = "<6Q2I"
 RECORD_SIZE = struct.calcsize(RECORD_FORMAT) + 4
