@@ -73,15 +73,18 @@ class Counters:
         """The counts of the clusters from `first` up to `stop`; None if all are 0."""
         if stop <= self._near:
             return None if self.array is None else self.array[first:stop]
-        counts = np.zeros(stop - first, np.uint64)
-        if self.array is not None and first < self._near:
-            counts[: self._near - first] = self.array[first:]
         clusters, weights = self._far_sorted()
         begin, end = np.searchsorted(clusters, [first, stop])
+        runs = [run for run in self._far_runs if run[0] < stop and run[1] > first]
+        near = self.array is not None and first < self._near
+        if begin == end and not runs and not near:
+            return None
+        counts = np.zeros(stop - first, np.uint64)
+        if self.array is not None and near:
+            counts[: self._near - first] = self.array[first:]
         np.add.at(counts, clusters[begin:end] - first, weights[begin:end])
-        for start, end_of_run, weight in self._far_runs:
-            if start < stop and end_of_run > first:
-                counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
+        for start, end_of_run, weight in runs:
+            counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
         return counts if counts.any() else None
 
     def at(self, clusters: Clusters) -> Words:

@@ -231,7 +231,7 @@ def past_end(view: View) -> Iterator[Finding]:
     if not offset or offset >= view.file.size or view.file.is_hole(offset, geometry.cluster_size):
         return
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
-    entries = map(L2Entry, values[first:])
+    entries = map(L2Entry, filter(None, values[first:]))
     data_file = view.header.has_data_file
     used = sum(1 for entry in entries if entry.is_compressed or entry.is_standard(geometry, data_file=data_file))
     if used:
