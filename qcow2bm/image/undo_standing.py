@@ -200,7 +200,6 @@ class _Window:
                 known[part.place] |= now[part.place] == np.frombuffer(content, np.uint8)
         return bool(known[rewritten].all())
 
-
     def reached(self) -> int:
         """The last stage of which a byte is seen that nothing before it can have left there; -1 if there is none."""
         import numpy as np  # rarely needed, and slow to load
