@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +42,9 @@ def reporting(*images: Path) -> Iterator[None]:
     Raises:
         ImageIOError: nothing can be printed.
     """
-    try:
+    named = ", ".join(map(str, images)) or None
+    with _printing(lambda why: ImageIOError(f"the change is done, but it could not be reported: {why}", image=named)):
         yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        text = f"the change is done, but it could not be reported: {error.strerror}"
-        raise ImageIOError(text, image=", ".join(map(str, images)) or None) from error
 
 
 @contextlib.contextmanager
@@ -59,13 +54,20 @@ def proposing() -> Iterator[None]:
     Raises:
         ImageIOError: nothing can be printed.
     """
+    with _printing(lambda why: ImageIOError(f"standard output: {why}", hint="nothing was written")):
+        yield
+
+
+@contextlib.contextmanager
+def _printing(failed: Callable[[str | None], ImageIOError]) -> Iterator[None]:
+    """Print all of it; if that cannot be done, `failed` says what it means. A closed pipe is for others to see to."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ImageIOError(f"standard output: {error.strerror}", hint="nothing was written") from error
+        raise failed(error.strerror) from error
 
 
 def commit(image: Image, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:

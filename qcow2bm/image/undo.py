@@ -73,8 +73,8 @@ class UndoFile(UndoReader):
             OSError, FlushError: not all is put back; it is "in progress", and can be done again.
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
-        require_restorable(self, image, force=force)
-        is_known = is_marked(image) or since(self, image) is Since.NOTHING
+        found = require_restorable(self, image, force=force)
+        is_known = is_marked(image) or since(self, image, found) is Since.NOTHING
         with self._journaled(image):
             self._put_back(image, stamp=is_known)
             self._set_state(State.UNDONE)
@@ -167,8 +167,8 @@ def is_torn(journal: UndoReader, image: ImageFile) -> bool:
     return True
 
 
-def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = False) -> None:
-    """Refuse to put old bytes over what somebody has written since.
+def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = False) -> Standing:
+    """Refuse to put old bytes over what somebody has written since; else say how the image stands to the change.
 
     Raises:
         UndoError: the undo file is damaged or was used, or the image has changed since.
@@ -180,7 +180,7 @@ def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = Fals
     if undo.state is State.IN_PROGRESS and undone_in_part:
         _require_half_way(undo, image, found, force=force)
     else:
-        _require_undisturbed(undo, image, force=force)
+        _require_undisturbed(undo, image, found, force=force)
     noted = undo.data_file
     changed = noted is not None and noted.has_changed()
     if noted is not None and changed is not False and not force:
@@ -190,11 +190,12 @@ def require_restorable(undo: UndoReader, image: ImageFile, *, force: bool = Fals
             else f"nothing tells whether its data file {noted.path} was written to since the undo file was made",
             hint="guest data may be newer; --force puts the image back, and leaves the data file as it is",
         )
+    return found
 
 
-def _require_undisturbed(undo: UndoReader, image: ImageFile, *, force: bool) -> None:
+def _require_undisturbed(undo: UndoReader, image: ImageFile, found: Standing, *, force: bool) -> None:
     """The change was done, and nobody may have touched the image since."""
-    happened = since(undo, image)
+    happened = since(undo, image, found)
     if happened is Since.CHANGED:
         raise UndoError(_CHANGED, hint="nothing was put back")
     if happened is Since.UNKNOWN and not force:

@@ -66,11 +66,15 @@ def standing(undo: UndoReader, image: ImageFile) -> Standing:
     return Standing(untouched, finished, familiar and _has_what_was_given_up(undo, image))
 
 
-def since(undo: UndoReader, image: ImageFile) -> Since:
-    """What has happened to an image since the change was done; raises UndoError if the undo file is damaged."""
+def since(undo: UndoReader, image: ImageFile, found: Standing | None = None) -> Since:
+    """What has happened to an image since the change was done; raises UndoError if the undo file is damaged.
+
+    Args:
+        found: how the image stands to the change, if that is known: it takes reading all that the undo file knows of.
+    """
     if undo.mtime_ns and not undo.is_seen(image):
         return Since.CHANGED
-    found = standing(undo, image)
+    found = found or standing(undo, image)
     if not (found.finished and found.familiar):
         return Since.CHANGED
     if image.is_device or not undo.mtime_ns:

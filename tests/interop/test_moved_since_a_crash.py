@@ -116,10 +116,11 @@ def test_no_journal_of_an_undo_is_written_beside_a_file_that_has_taken_the_name(
     assert main(["repair", str(image), "--yes", "--undo", str(undo)]) == 0
     after, real = image.read_bytes(), undo_module.require_restorable
 
-    def meanwhile(*words: object, **options: object) -> None:
-        real(*words, **options)  # type: ignore[arg-type]
+    def meanwhile(*words: object, **options: object) -> object:
+        found = real(*words, **options)  # type: ignore[arg-type]
         image.rename(tmp_path / "moved")
         shutil.copyfile(tmp_path / "moved", image)
+        return found
 
     monkeypatch.setattr(undo_module, "require_restorable", meanwhile)
     assert main(["undo", str(image), str(undo)]) == 1
