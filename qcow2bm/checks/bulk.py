@@ -35,6 +35,8 @@ _VERY_LONG_RUN = 1 << 11
 """Runs are counted one by one, or looked at one by one altogether, if they are this long on average."""
 _DENSE = 1 << 14
 _PIECE = 1 << 12
+_AT_ONCE = 1 << 18
+"""L1 entries that are compared at once."""
 _COMPARED = 1 << 18
 """Bytes of refcount blocks that are compared at once."""
 
@@ -139,12 +141,7 @@ class BulkCensus(Census):
 
     def doubtful_copied(self, l1_table: array[int], tables: Collection[int]) -> Iterator[tuple[int, int]]:
         values = words(l1_table)
-        used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
-        entries = _Entries(values[used], None, self.geometry)
-        found = used[self._miscopied(entries.values, entries.clusters)]
-        if tables:
-            named = used[np.isin(entries.offsets, np.fromiter(tables, np.uint64, len(tables)))]
-            found = np.union1d(found, named)
+        found = self._doubtful_tables(values, tables)
         chosen = values[found]
         return _ranges(found, chosen[1:] != chosen[:-1])
 
@@ -168,10 +165,21 @@ class BulkCensus(Census):
         return chosen[self._miscopied(entries.values[chosen], entries.clusters[chosen])]
 
     def miscopied_tables(self, l1_table: array[int]) -> array[int]:
-        values = words(l1_table)
-        used = np.flatnonzero(values & np.uint64(OFFSET_MASK))
-        entries = _Entries(values[used], None, self.geometry)
-        return array("q", used[self._miscopied(entries.values, entries.clusters)].tobytes())
+        return array("q", self._doubtful_tables(words(l1_table), ()).tobytes())
+
+    def _doubtful_tables(self, l1_table: Words, tables: Collection[int]) -> Clusters:
+        """Places of L1 entries whose copied flag contradicts the refcount, or that name one of some tables."""
+        wanted = np.fromiter(tables, np.uint64, len(tables))
+        found = [np.empty(0, np.int64)]
+        for start in range(0, l1_table.size, _AT_ONCE):
+            part = l1_table[start : start + _AT_ONCE]
+            used = np.flatnonzero(part & np.uint64(OFFSET_MASK))
+            entries = _Entries(part[used], None, self.geometry)
+            doubtful = self._miscopied(entries.values, entries.clusters)
+            if wanted.size:
+                doubtful = np.union1d(doubtful, np.flatnonzero(np.isin(entries.offsets, wanted)))
+            found.append(used[doubtful] + start)
+        return np.concatenate(found)
 
     def references_of(self, clusters: Clusters) -> Words:
         """How often each of these clusters is referred to."""

@@ -90,21 +90,27 @@ def weigh_tables(l1_tables: Iterable[tuple[array[int], bool]]) -> list[tuple[int
     Tables named equally often come together: (times by active ones, by others, offsets in order). Entries of 0 name
     none.
     """
-    weights = {True: _Weights(), False: _Weights()}
+    offsets, keys, base = _weighed(l1_tables)
+    order = np.argsort(keys, kind="stable")
+    keys, offsets = keys[order], offsets[order]
+    starts = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+    firsts = keys[[0, *starts.tolist()]].tolist() if keys.size else []
+    return [
+        (*divmod(key, base), array("Q", part.tobytes()))
+        for key, part in zip(firsts, np.split(offsets, starts), strict=False)
+    ]
+
+
+def _weighed(l1_tables: Iterable[tuple[array[int], bool]]) -> tuple[Words, Clusters, int]:
+    """All L2 tables that are named, in order, and of each the times by active tables times a base, plus by others."""
+    active, others = _Weights(), _Weights()
     for table, is_active in l1_tables:
-        weights[is_active].add(np.frombuffer(table, np.uint64))
-    offsets, _ = _counted(np.concatenate([weights[True].offsets(), weights[False].offsets()]))
-    others = weights[False].of(offsets)
-    base = int(others.max(initial=0)) + 1
-    key = weights[True].of(offsets) * base + others
-    order = np.argsort(key, kind="stable")
-    keys, starts = np.unique(key[order], return_index=True)
-    parts = np.split(offsets[order], starts[1:])
-    return (
-        [(*divmod(number, base), array("Q", part.tobytes())) for number, part in zip(keys.tolist(), parts, strict=True)]
-        if keys.size
-        else []
-    )
+        (active if is_active else others).add(np.frombuffer(table, np.uint64))
+    offsets, _ = _counted(np.concatenate([active.offsets(), others.offsets()]))
+    keys = others.of(offsets)
+    base = int(keys.max(initial=0)) + 1
+    keys += active.of(offsets) * base
+    return offsets, keys, base
 
 
 class NamedTables:

@@ -65,8 +65,8 @@ class Repair:
         """What tells this plan for this state of the image from any other: SHA-256 over both."""
         with naming(self.file.path):
             status = os.fstat(self.file.fd)
-        state = f"{self.file.size} {0 if self.file.is_device else status.st_mtime_ns}"
-        return _fingerprint(self.plan.plan, state)
+            state = f"{self.file.size} {0 if self.file.is_device else status.st_mtime_ns}"
+            return _fingerprint(self.plan.plan, state)
 
 
 def _fingerprint(plan: Plan, state: str) -> str:

@@ -44,6 +44,8 @@ FOUND = (
     ("import", "64 KiB clusters", "short reads"),
     # A write that a full disk cut short had made the file longer, and putting back filled holes there is no room for.
     ("resample", "no room in the refcount blocks", "full disk"),
+    # What a plan is known by takes the image's bytes, and an error in reading them named nothing.
+    ("repair by a plan", "1-bit refcounts", "read error"),
 )
 """What went wrong once: command, shape of the image, fault."""
 
