@@ -16,7 +16,7 @@ from bitarray import bitarray
 
 from ..errors import BitmapBrokenError, CorruptImageError, Qcow2bmError
 from ..format.bitmap_directory import BitmapEntry, BitmapFlag, parse_entry
-from ..format.entries import BitmapTableEntry, table_entries
+from ..format.entries import BitmapTableEntry, bits_of_no_data, table_entries
 from ..format.geometry import Geometry
 from ..format.header import Autoclear, Header
 from ..format.limits import MAX_BITMAP_BYTES, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
@@ -44,7 +44,7 @@ _UNCERTAIN = frozenset({"bitmap-flags"})
 # ---- keeping ----
 
 
-def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False) -> tuple[Kept, ...]:
+def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False, with_table: bool = True) -> tuple[Kept, ...]:
     """What the undo file must keep of a bitmap: entry, table and data, as far as they lie in the file.
 
     The bitmap is to be one of the image on the disk: those bytes are kept, not what a repair has made of them.
@@ -52,6 +52,7 @@ def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False) -> tupl
     Args:
         why: what is wrong with it, for whoever lists the undo file.
         doubtful: that may have changed its bits, as where another structure lies in its clusters.
+        with_table: False where table and data are kept already, as another bitmap's.
     """
     image, entry = stored._image, stored.entry  # noqa: SLF001 - the two modules are halves of one
     geometry, size = image.geometry, image.file.size
@@ -59,7 +60,7 @@ def keep(stored: StoredBitmap, *, why: str = "", doubtful: bool = False) -> tupl
     head = Kept(HEADER, 0, min(image.header.header_length, geometry.cluster_size))
     ranges = [head, Kept(label, stored.place, entry.size)]
     offset, length = entry.bitmap_table_offset, 8 * min(entry.bitmap_table_size, geometry.max_bitmap_table_entries)
-    if 0 < offset < size and length:
+    if with_table and 0 < offset < size and length:
         ranges.append(Kept(TABLE, offset, min(length, size - offset)))
         # What begins within a cluster is no table: its numbers could name half of the image.
         if geometry.is_aligned(offset) and not image.file.is_hole(offset, length):
@@ -74,11 +75,11 @@ def doubted(kept: Kept) -> Kept:
 
 def _data(stored: StoredBitmap, geometry: Geometry, size: int) -> Iterator[tuple[int, int]]:
     """The data clusters that begin in the file, each once and neighbours as one, cut at its end."""
+    odd = bits_of_no_data(geometry)
     try:
-        entries = map(BitmapTableEntry, set(stored.table))
+        sound = sorted({value for value in stored.table if value and not value & odd})
     except CorruptImageError:
         return
-    sound = sorted({entry.offset for entry in entries if entry.offset and entry.fault(geometry) is None})
     start = end = 0
     for offset in sound:
         if offset >= size:

@@ -7,10 +7,11 @@ image when one entry is bad; here the others stay readable.
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from array import array
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from functools import cached_property
 
 from bitarray import bitarray
 
@@ -22,7 +23,7 @@ from ..errors import (
     TruncatedImageError,
 )
 from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, parse_directory
-from ..format.entries import BitmapTableEntry, table_entries
+from ..format.entries import ALL_ONES, OFFSET_MASK, BitmapTableEntry, bits_of_no_data, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
 from ..format.faults import Weight
 from ..format.header import Autoclear
@@ -99,7 +100,7 @@ class StoredBitmap:
         """True if QEMU tracks writes in it (the auto flag)."""
         return bool(self.entry.flags & BitmapFlag.AUTO)
 
-    @cached_property
+    @functools.cached_property
     def state(self) -> State:
         """What may be done with it."""
         if self.fault is not None:
@@ -111,7 +112,7 @@ class StoredBitmap:
         # Our own write lock is not another's: with it held nobody else can be writing.
         return State.ACTIVE if lock.has_writer(self._image.file.fd) else State.INCONSISTENT
 
-    @cached_property
+    @functools.cached_property
     def fault(self) -> str | None:
         """Why the bitmap is broken, or None."""
         if self._conflict is not None:
@@ -132,6 +133,10 @@ class StoredBitmap:
 
     def _table_fault(self) -> str | None:
         size = self._image.file.size
+        named = [value for value in self.table if value > ALL_ONES]
+        odd = functools.reduce(operator.or_, named, 0) & bits_of_no_data(self._image.geometry)
+        if not odd and max(named, default=0) < size:
+            return None  # which is told at once of very many
         for index, value in enumerate(self.table):
             if not value:
                 continue
@@ -143,7 +148,7 @@ class StoredBitmap:
                 return f"its data at {entry.offset:#x} lies outside the file"
         return None
 
-    @cached_property
+    @functools.cached_property
     def table(self) -> array[int]:
         """The bitmap table as it is stored.
 
@@ -155,7 +160,7 @@ class StoredBitmap:
             raise CorruptImageError(f"a bitmap table of {size} entries is larger than any bitmap needs")
         return table_entries(self._image.file.read_at(self.entry.bitmap_table_offset, 8 * size))
 
-    @cached_property
+    @functools.cached_property
     def bits(self) -> BitVector:
         """The bits, read chunk by chunk when they are looked at. Those of an inconsistent bitmap may be stale.
 
@@ -235,7 +240,7 @@ class StoredBitmap:
             return  # its data are the other's, and walked once
         owner = f"the data of bitmap '{self.name}'"
         try:
-            offsets = [offset for value in self.table if (offset := BitmapTableEntry(value).offset)]
+            offsets = [offset for value in self.table if (offset := value & OFFSET_MASK)]
         except CorruptImageError:
             return
         start = length = 0

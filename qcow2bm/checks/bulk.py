@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
 from ..format.limits import MAX_FILE_SIZE
 from ..format.vectors import Clusters, Refcounts, Words, compressed_clusters, refcounts
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use
-from .counters import Counters
+from .counters import Array, Counters
 from .stored import StoredRefcounts
 from .wrong import Mask, words
 
@@ -123,6 +123,12 @@ class BulkCensus(Census):
     def count_blocks(self, clusters: Clusters) -> None:
         """Count refcount blocks, each as often as it comes."""
         self._count_structures(clusters, 1)
+
+    def add_bitmap_data(self, offsets: Words) -> None:
+        """Count data clusters of bitmaps that begin in the file, each as often as it comes; 0 is none."""
+        clusters = (offsets[offsets != 0] >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
+        self.clusters = max(self.clusters, int(clusters.max(initial=-1)) + 1)
+        self._counts[Use.BITMAP].add_each(clusters, 1)
 
     def _count_structures(self, clusters: Clusters, weight: int) -> None:
         self._counts[Use.STRUCTURE].add_each(clusters, 1)
@@ -524,11 +530,7 @@ class BulkCensus(Census):
             yield from self._mismatches(first, total, stored, readable)
         if int(total.max()) < 2:
             return
-        for place in self._shared(first, first + total.size):
-            cluster = first + place
-            slices = {use: counts.slice(cluster, cluster + 1) for use, counts in self._counts.items()}
-            uses = tuple((use, int(part[0])) for use, part in slices.items() if part is not None and part[0])
-            yield Overlap(cluster, 1, uses)
+        yield from self._overlaps(first, first + total.size)
 
     def _note_use(self, first: int, total: Refcounts, stored: Refcounts, readable: Mask | None) -> None:
         """Keep `highest` and `guest` up to date."""
@@ -567,27 +569,39 @@ class BulkCensus(Census):
         for start, stop in pairwise(starts):
             yield Mismatch(first + int(places[start]), stop - start, int(here[start]), int(there[start]))
 
-    def _shared(self, first: int, stop: int) -> list[int]:
-        """Places of clusters whose uses must not share one: `must_not_share`, over arrays."""
-        at = {use: counts.slice(first, stop) for use, counts in self._counts.items()}
-        found: list[int] = []
-        data, compressed, snapshot = at[Use.DATA], at[Use.COMPRESSED], at[Use.SNAPSHOT]
-        if data is not None and data.max() > 1:
-            found += np.flatnonzero(data > 1).tolist()
-        for guest in (data, snapshot):
-            if guest is not None and compressed is not None:
-                found += np.flatnonzero((guest != 0) & (compressed != 0)).tolist()
-        for use, other in ((Use.STRUCTURE, Use.BITMAP), (Use.BITMAP, Use.STRUCTURE)):
-            part = at[use]
-            if part is None:
-                continue
-            owned = np.flatnonzero(part)  # few: the rest is guest data
-            alone = part[owned] == 1
-            for rival in (at[other], data, snapshot, compressed):
-                if rival is not None:
-                    alone &= rival[owned] == 0
-            found += owned[~alone].tolist()
-        return sorted(set(found))
+    def _overlaps(self, first: int, stop: int) -> Iterator[Overlap]:
+        """Clusters whose uses must not share one: `must_not_share`, over arrays."""
+        parts = ((use, counts.slice(first, stop)) for use, counts in self._counts.items())
+        at = {use: part for use, part in parts if part is not None}
+        places = _shared(at)
+        rows = np.array([part[places] for part in at.values()])
+        new = (np.diff(places) != 1) | (rows[:, 1:] != rows[:, :-1]).any(axis=0)
+        starts = [0, *(np.flatnonzero(new) + 1).tolist(), places.size]
+        for start, end in pairwise(starts if places.size else ()):
+            uses = tuple((use, count) for use, count in zip(at, rows[:, start].tolist(), strict=True) if count)
+            yield Overlap(first + int(places[start]), end - start, uses)
+
+
+def _shared(at: Mapping[Use, Array]) -> Clusters:
+    """Places that have uses which must not share one cluster."""
+    found: list[Clusters] = []
+    data, compressed, snapshot = (at.get(use) for use in (Use.DATA, Use.COMPRESSED, Use.SNAPSHOT))
+    if data is not None and data.max() > 1:
+        found.append(np.flatnonzero(data > 1))
+    if compressed is not None:
+        guests = (guest for guest in (data, snapshot) if guest is not None)
+        found += [np.flatnonzero((guest != 0) & (compressed != 0)) for guest in guests]
+    for use, other in ((Use.STRUCTURE, Use.BITMAP), (Use.BITMAP, Use.STRUCTURE)):
+        part = at.get(use)
+        if part is None:
+            continue
+        owned = np.flatnonzero(part)  # few: the rest is guest data
+        alone = part[owned] == 1
+        for rival in (at.get(other), data, snapshot, compressed):
+            if rival is not None:
+                alone &= rival[owned] == 0
+        found.append(owned[~alone])
+    return np.unique(np.concatenate([np.empty(0, np.int64), *found]))
 
 
 def _ranges(places: Clusters, differ: Mask) -> Iterator[tuple[int, int]]:

@@ -34,6 +34,7 @@ class Counters:
         self._far: list[tuple[int, Clusters]] = []
         self._far_runs: list[tuple[int, int, int]] = []
         self._sorted: tuple[Clusters, Words] | None = None
+        self._steps: tuple[Clusters, Clusters] | None = None
         self.array: Array | None = None
         self.peak = 0
         self._limit = np.iinfo(np.uint16).max
@@ -42,6 +43,7 @@ class Counters:
         """Count the clusters from `first` up to `stop`."""
         if stop > self._near:
             self._far_runs.append((max(first, self._near), stop, weight))
+            self._steps = None
         if first < self._near:
             self._add_slice(first, min(stop, self._near), weight, weight)
 
@@ -75,21 +77,18 @@ class Counters:
             return None if self.array is None else self.array[first:stop]
         clusters, weights = self._far_sorted()
         begin, end = np.searchsorted(clusters, [first, stop])
-        runs = [run for run in self._far_runs if run[0] < stop and run[1] > first]
         near = self.array is not None and first < self._near
-        if begin == end and not runs and not near:
+        if begin == end and not near and not self._run_in(first, stop):
             return None
-        counts = np.zeros(stop - first, np.uint64)
+        counts = self._runs_at(np.arange(first, stop))
         if self.array is not None and near:
             counts[: self._near - first] = self.array[first:]
         np.add.at(counts, clusters[begin:end] - first, weights[begin:end])
-        for start, end_of_run, weight in runs:
-            counts[max(0, start - first) : end_of_run - first] += np.uint64(weight)
         return counts if counts.any() else None
 
     def at(self, clusters: Clusters) -> Words:
         """The counts of these clusters."""
-        counts = np.zeros(clusters.size, np.uint64)
+        counts = self._runs_at(clusters)
         near = clusters < self._near
         if self.array is not None:
             counts[near] = self.array[clusters[near]]
@@ -97,9 +96,7 @@ class Counters:
             far, weights = self._far_sorted()
             sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(weights, dtype=np.uint64)])
             begin, end = (np.searchsorted(far, clusters[~near], side) for side in _SIDES)
-            counts[~near] = sums[end] - sums[begin]
-        for first, stop, weight in self._far_runs:
-            counts[(clusters >= first) & (clusters < stop)] += np.uint64(weight)
+            counts[~near] += sums[end] - sums[begin]
         return counts
 
     def any_of(self, clusters: Clusters) -> bool:
@@ -109,8 +106,7 @@ class Counters:
             return True
         if not far.size:
             return False
-        runs = any(((far >= first) & (far < stop)).any() for first, stop, _ in self._far_runs)
-        return runs or bool(np.isin(far, self._far_sorted()[0]).any())
+        return bool(self._runs_at(far).any()) or bool(np.isin(far, self._far_sorted()[0]).any())
 
     def far_blocks(self, per_block: int) -> set[int]:
         """Indices of the refcount blocks that count far clusters which are referred to."""
@@ -130,6 +126,27 @@ class Counters:
             order = np.argsort(clusters, kind="stable")
             self._sorted = clusters[order], np.concatenate([np.empty(0, np.uint64), *weights])[order]
         return self._sorted
+
+    def _runs_at(self, clusters: Clusters) -> Words:
+        """How often the far runs count each of these clusters."""
+        places, heights = self._far_steps()
+        return heights[np.searchsorted(places, clusters, "right")].view(np.uint64)
+
+    def _run_in(self, first: int, stop: int) -> bool:
+        """True if a far run counts any cluster from `first` up to `stop`."""
+        places, heights = self._far_steps()
+        begin, end = np.searchsorted(places, [first, stop - 1], "right")
+        return bool(heights[begin : end + 1].any())
+
+    def _far_steps(self) -> tuple[Clusters, Clusters]:
+        """Where far runs begin or end, in order, and how many there are before the first, after it, and so on."""
+        if self._steps is None:
+            runs = np.array(self._far_runs, np.int64).reshape(-1, 3)
+            places = np.concatenate([runs[:, 0], runs[:, 1]])
+            order = np.argsort(places, kind="stable")
+            heights = np.cumsum(np.concatenate([runs[:, 2], -runs[:, 2]])[order])
+            self._steps = places[order], np.concatenate([np.zeros(1, np.int64), heights])
+        return self._steps
 
     def _add_slice(self, first: int, stop: int, counts: Clusters | int, highest: int) -> None:
         if self.peak + highest > self._limit:

@@ -12,6 +12,11 @@ from ..format.geometry import Geometry
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use, must_not_share
 from .stored import StoredRefcounts
 
+PLAIN_ENTRIES = 1 << 14
+"""Entries of tables up to which plain Python is faster than loading numpy."""
+PLAIN_BLOCKS = 64
+"""The same of refcount blocks."""
+
 
 class PlainCensus(Census):
     """Run by run: entries that follow each other are one range, and so are the clusters that they refer to."""

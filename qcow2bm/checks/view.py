@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..bitmap.store import BitmapDirectory, StoredBitmap
@@ -30,6 +31,7 @@ from ..image.plan import SECTOR
 from ..image.references import Kind, Reference, l1_owner, structures
 from .census import Census, Mismatch
 from .model import Allocation
+from .plain import PLAIN_ENTRIES
 from .stored import StoredRefcounts
 from .telling import Telling
 
@@ -129,6 +131,12 @@ class View:
         qemu-img makes no such difference.
         """
         return not self.as_qemu and (self.hidden or not self.complete)
+
+    @cached_property
+    def bitmaps_in_bulk(self) -> bool:
+        """True if the bitmap tables together are so large that each is judged as a whole."""
+        entries = sum(bitmap.entry.bitmap_table_size for bitmap in self.directory.bitmaps)
+        return self.telling.folds and entries > PLAIN_ENTRIES
 
     @property
     def doubt(self) -> str | None:

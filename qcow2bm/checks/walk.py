@@ -9,16 +9,13 @@ from dataclasses import replace
 
 from ..format.entries import l1_offset
 from .census import Batch
-from .plain import PlainCensus
+from .plain import PLAIN_BLOCKS, PLAIN_ENTRIES, PlainCensus
 from .view import Root, View
 
 _BATCH = 128 << 10
 """Bytes of L2 tables that are read at once."""
 _READ_ANYWAY = 256 << 20
 """Bytes of L2 tables that are read without asking the file system for holes: zeroes are quick to read."""
-_PLAIN_ENTRIES = 1 << 14
-_PLAIN_BLOCKS = 64
-"""L2 entries and refcount blocks up to which plain Python is faster than loading numpy."""
 
 Groups = Sequence[tuple[int, int, Sequence[int]]]
 """How many entries of the active L1 table and of others name some tables, and their offsets, sorted."""
@@ -51,7 +48,8 @@ class TableWalk:
         view.l2_tables = sum(len(offsets) for _, _, offsets in groups)
         bitmap_entries = sum(bitmap.entry.bitmap_table_size for bitmap in view.bitmaps)
         l1_entries = sum(root.entries for root in view.roots if root.fault is None)
-        if max(entries, l1_entries, bitmap_entries) > _PLAIN_ENTRIES or self._many_blocks():
+        many = max(entries, l1_entries, bitmap_entries) > PLAIN_ENTRIES
+        if many or view.bitmaps_in_bulk or self._many_blocks():
             from .bulk import BulkCensus
 
             view.census = BulkCensus(
@@ -76,7 +74,7 @@ class TableWalk:
 
     def _many_blocks(self) -> bool:
         """True if so many refcounts are there that comparing them one by one would take long."""
-        return len(self._view.stored.indices()) > _PLAIN_BLOCKS
+        return len(self._view.stored.indices()) > PLAIN_BLOCKS
 
     def _count(self, batch: Batch) -> None:
         facts = self._view.census.add_tables(batch)
@@ -96,7 +94,7 @@ class TableWalk:
 
     def _groups(self) -> Groups:
         roots = [root for root in self._view.roots if root.fault is None]
-        if sum(root.entries for root in roots) > _PLAIN_ENTRIES:
+        if sum(root.entries for root in roots) > PLAIN_ENTRIES:
             return self._groups_in_bulk(roots)
         named: dict[int, list[int]] = {}
         for root in roots:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..format.entries import (
+    ALL_ONES,
+    BITMAP_RESERVED,
     COMPRESSED,
     COPIED,
     L1_RESERVED,
@@ -67,6 +69,27 @@ def block_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[str
     }
 
 
+def bitmap_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[str, Mask]:
+    """What is wrong with entries of a bitmap table: one problem of each, the first."""
+    offsets = entries & np.uint64(OFFSET_MASK)
+    reserved = _has(entries, BITMAP_RESERVED)
+    both = (offsets != 0) & _has(entries, ALL_ONES) & ~reserved
+    unaligned = _has(offsets, geometry.cluster_size - 1) & ~reserved & ~both
+    return {
+        "bitmap-entry-reserved": reserved,
+        "bitmap-entry-all-ones": both,
+        "bitmap-entry-unaligned": unaligned,
+        "bitmap-data-outside": (offsets >= np.uint64(file_size)) & ~reserved & ~both & ~unaligned,
+    }
+
+
+def out_of_place(values: Words, geometry: Geometry, start: int) -> Mask:
+    """Entries of an L2 table with a cluster of a raw data file that is not where the guest has it, from `start` on."""
+    expected = np.uint64(start) + np.arange(values.size, dtype=np.uint64) * np.uint64(geometry.cluster_size)
+    found: Mask = _standard(values, geometry, data_file=True) & (values & np.uint64(OFFSET_MASK) != expected)
+    return found
+
+
 def l2_faults(
     values: Words, bitmaps: Words, geometry: Geometry, file_size: int, *, version: int, data_file: bool
 ) -> dict[str, Mask]:
@@ -75,10 +98,7 @@ def l2_faults(
     plain = ~compressed
     offsets = values & np.uint64(OFFSET_MASK)
     zero, allocated = _has(values, ZERO), bitmaps & np.uint64(ALL_SUBCLUSTERS)
-    standard = plain & (offsets != 0)
-    if data_file:
-        own = _has(values, COPIED) & plain
-        standard |= own if geometry.extended_l2 else own & ~zero
+    standard = _standard(values, geometry, data_file=data_file)
     unaligned = standard & _has(offsets, geometry.cluster_size - 1)
     holds_data = allocated != 0 if geometry.extended_l2 else ~zero
     found = {
@@ -100,6 +120,15 @@ def l2_faults(
     if outside.any():
         outside &= compressed_clusters(values, geometry)[2] - file_size >= geometry.cluster_size
     return found
+
+
+def _standard(values: Words, geometry: Geometry, *, data_file: bool) -> Mask:
+    """Entries with a cluster of their own, as `L2Entry.is_standard` says it."""
+    named: Mask = values & np.uint64(OFFSET_MASK) != 0
+    if data_file:
+        own = _has(values, COPIED)
+        named |= own if geometry.extended_l2 else own & ~_has(values, ZERO)
+    return named & ~_has(values, COMPRESSED)
 
 
 def first_of_each(entries: Words, wanted: Collection[int]) -> list[int]:

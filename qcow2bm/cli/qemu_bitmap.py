@@ -119,7 +119,7 @@ def _size(text: str) -> int:
 
 
 def _carry_out(request: Request) -> int:
-    from ..errors import Qcow2bmError
+    from ..errors import Qcow2bmError, naming
     from .committing import commit
 
     with contextlib.ExitStack() as stack:
@@ -127,11 +127,12 @@ def _carry_out(request: Request) -> int:
         source = image
         if request.source_file is not None:
             source = stack.enter_context(_opened(request.source_file, request.source_format, writable=False))
-        edit = _draft(image, request)
-        for action, argument in request.actions:
-            _act(edit, action, argument, source, request)
         try:
-            commit(image, edit.plan())
+            with naming(request.image):
+                edit = _draft(image, request)
+                for action, argument in request.actions:
+                    _act(edit, action, argument, source, request)
+                commit(image, edit.plan())
         except Qcow2bmError as error:
             raise RefusedError(str(error)) from None
     return 0
@@ -190,10 +191,11 @@ def _mended(name: str, given_format: str | None) -> Image:
 def _draft(image: Image, request: Request) -> Edit:
     """A draft of the bitmaps, without those that count no longer: QEMU drops them too when it opens for writing."""
     from ..bitmap.store import State
-    from ..errors import Qcow2bmError, UnsupportedImageError
+    from ..errors import Qcow2bmError, UnsupportedImageError, naming
 
     try:
-        edit = image.draft()
+        with naming(request.image):
+            edit = image.draft()
     except UnsupportedImageError:  # a version 2 image
         action, _ = request.actions[0]
         problem = _not_found(request.bitmap)

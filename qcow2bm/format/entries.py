@@ -38,6 +38,11 @@ ALL_ONES = 1 << 0
 BITMAP_RESERVED = ~(OFFSET_MASK | ALL_ONES) & (1 << 64) - 1
 
 
+def bits_of_no_data(geometry: Geometry) -> int:
+    """Bits that no sound entry of a bitmap table has which names a data cluster."""
+    return BITMAP_RESERVED | ALL_ONES | geometry.cluster_size - 1
+
+
 def _big_endian(data: bytes | array[int], typecode: str) -> array[int]:
     """`data` with the bytes of each item turned round on a little-endian machine: to native integers and back."""
     items = array(typecode, data)

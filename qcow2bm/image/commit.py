@@ -99,12 +99,14 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
             raise UndoError(f"{undo} is the name of an image's journal", hint="give the undo file another one")
         if plan.journaled and file.is_device and undo is None:
             raise UndoError("this change needs a journal", hint="name a file for it on another disk with --undo")
-        with FollowingFile(plan.data_file) as data_file:
+        with FollowingFile(plan.data_file) as data_file, contextlib.ExitStack() as files:
             writer: UndoWriter | None = None
             engine: _Engine | None = None
             try:
                 data_file.extend()
                 writer = _undo_writer(file, plan, undo, data_file.noted())
+                if writer is not None:
+                    files.callback(writer.close)
                 engine = _Engine(file, plan, progress, writer)
                 engine.run()
             except BaseException:
@@ -228,6 +230,8 @@ class _Engine:
             self._run()
         finally:
             self._kept.close()
+            if self._journal is not None:
+                self._journal.close()  # what could not be put back needs it: it stays where it is
 
     def _run(self) -> None:
         for number, stage in enumerate(self._plan.stages):

@@ -22,6 +22,7 @@ from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc, se
 
 _PIECE = 1 << 20
 """Bytes of a kept piece at most."""
+_CLOSED = -1
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """To create a file: never over another one, nor through a link."""
 
@@ -60,7 +61,6 @@ class UndoWriter:
         mode = stat.S_IMODE(status.st_mode) & 0o666
         try:
             fd = os.open(path, _NEW, mode)
-            _give_to_owner(fd, status)
         except OSError as error:
             what = "journal" if path == image.journal else "undo file"
             raise UndoError(f"cannot create the {what} {path}: {os.strerror(error.errno or 0)}") from error
@@ -71,6 +71,7 @@ class UndoWriter:
         )  # fmt: skip
         writer = cls(fd, path, summary)
         try:
+            _give_to_owner(fd, status)
             writer._fill(image, stages, kept, given_up)
         except OSError as error:
             writer.discard()
@@ -127,7 +128,7 @@ class UndoWriter:
         mtime = os.fstat(image.fd).st_mtime_ns
         _outlive(mtime)
         write_summary(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **seen(image)))
-        close_fd(self._fd)
+        self.close()
         self._unlink_alias()
 
     def discard(self) -> None:
@@ -136,9 +137,15 @@ class UndoWriter:
         Raises:
             FlushError, OSError: it is there, or may be there again after a crash.
         """
-        close_fd(self._fd)
+        self.close()
         self._unlink_alias()
         drop(self.path)
+
+    def close(self) -> None:
+        """Close the file, which stays as it is, and so does its second name; for the second time nothing happens."""
+        fd, self._fd = self._fd, _CLOSED
+        if fd != _CLOSED:
+            close_fd(fd)
 
     def _unlink_alias(self) -> None:
         if self._alias is not None:

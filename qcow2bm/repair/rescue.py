@@ -238,13 +238,18 @@ def _mark_dirty(shop: Workshop, places: list[tuple[StoredBitmap, int]]) -> None:
 
 def _quarantine(shop: Workshop, pointer: BitmapsExtension, listing: Listing) -> None:
     geometry = shop.view.geometry
+    kept, given_up = set[tuple[int, int]](), set[tuple[int, int]]()  # any number of bitmaps may name one table
     for bitmap, why in listing.broken:
+        table = bitmap.entry.bitmap_table_offset, bitmap.entry.bitmap_table_size
         if _is_as_it_was(shop, bitmap):
-            shop.kept.extend(keep(bitmap, why=why, doubtful=why == SHARED_CLUSTERS))
-        for reference in bitmap.references():
+            doubtful = why == SHARED_CLUSTERS
+            shop.kept.extend(keep(bitmap, why=why, doubtful=doubtful, with_table=table not in kept))
+            kept.add(table)
+        for reference in bitmap.references() if table not in given_up else ():
             if 0 < reference.length <= shop.file.base.size - reference.offset:
                 first, last = (geometry.cluster_of(reference.offset + at) for at in (0, reference.length - 1))
                 shop.given_up.update(range(first, last + 1))
+        given_up.add(table)
     if listing.is_damaged and 0 < listing.size <= shop.file.base.size - pointer.bitmap_directory_offset:
         shop.kept.append(Kept("bitmap directory", pointer.bitmap_directory_offset, listing.size))
     _write_directory(shop, [bitmap.entry for bitmap in listing.sound], pointer, listing.size)

@@ -46,6 +46,10 @@ FOUND = (
     ("resample", "no room in the refcount blocks", "full disk"),
     # What a plan is known by takes the image's bytes, and an error in reading them named nothing.
     ("repair by a plan", "1-bit refcounts", "read error"),
+    # The drop-in did not say which image could not be read, where that failed as it looked for free clusters.
+    ("drop-in bitmap --add", "no room in the refcount table", "read error"),
+    # The journal that stays, or the undo file, stayed open as well.
+    ("grow, tail dirty, with undo", "64 KiB clusters", "write errors"),
 )
 """What went wrong once: command, shape of the image, fault."""
 

@@ -58,6 +58,8 @@ def _wrong(command: Command, fault: Fault, status: int, said: str, trial: Trial)
     """What is wrong with how a command ended."""
     if "internal error" in said or "Traceback" in said:
         return f"it says {said!r}"
+    if left := _open_in(trial.image.parent):
+        return f"it leaves open {left}"
     if status in command.status:
         return None
     if fault.code is None:
@@ -65,6 +67,12 @@ def _wrong(command: Command, fault: Fault, status: int, said: str, trial: Trial)
     if status not in command.failed:
         return f"it ended with {status}: {said!r}"
     return _told_wrongly(said, trial)
+
+
+def _open_in(folder: Path) -> list[str]:
+    """The files of a folder that this process has open, deleted ones too."""
+    places = [fd.readlink() for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    return [str(place) for place in places if folder.resolve() in place.parents]
 
 
 def _told_wrongly(said: str, trial: Trial) -> str | None:

@@ -132,6 +132,12 @@ def directory_of(raw: Raw, entries: list[bytes]) -> int:
     return directory_at(raw, appended(raw, data), len(entries), len(data))
 
 
+def bitmaps_of(raw: Raw, table: bytes) -> None:
+    """As many bitmaps as may be, all with this table."""
+    offset = appended(raw, table)
+    directory_of(raw, [bitmap_entry(offset, len(table) // 8, b"%05d" % number) for number in range(BITMAPS_MOST)])
+
+
 def directory_at(raw: Raw, offset: int, count: int, size: int) -> int:
     at = raw.extensions()[BITMAPS][0]
     raw.data[at : at + 24] = struct.pack(">IIQQ", count, 0, size, offset)

@@ -25,6 +25,7 @@ from tests.fuzz.monster_parts import (
     SNAPSHOTS_MOST,
     appended,
     bitmap_entry,
+    bitmaps_of,
     directory_at,
     directory_of,
     disk_of,
@@ -142,6 +143,24 @@ def refcount_table_far_away(raw: Raw) -> None:
 
 def refcount_table_that_is_not_aligned(raw: Raw) -> None:
     refcounts_at(raw, numbered(REFTABLE_NOISE, lambda n: (n + 1) * 512))
+
+
+def bitmap_tables_of_noise(raw: Raw) -> None:
+    """One table, and as many bitmaps as may name it."""
+    bitmaps_of(raw, noise(CLUSTER))
+
+
+def bitmap_data_behind_the_end(raw: Raw) -> None:
+    """A table that is sound but for the end of the file, and as many bitmaps as may name it."""
+    bitmaps_of(raw, numbered(CLUSTER, lambda n: FAR + n * CLUSTER))
+
+
+def raw_data_file_in_disorder(raw: Raw) -> None:
+    """A data file that should be the disk as it is, and of which no cluster lies where the guest has it."""
+    l2_tables_of(raw, numbered(L2_NOISE, lambda n: COPIED | (n ^ 1) * CLUSTER))
+    raw.put(72, raw.number(72) | 4)
+    raw.put(88, raw.number(88) | 2)
+    raw.insert_extension(b"zeroes", kind=0x44415441)
 
 
 # ---- tables that name tables ----
@@ -326,6 +345,16 @@ def bitmap_tables_of_legal_length(raw: Raw) -> None:
     directory_of(raw, tables)
 
 
+def bitmap_data_in_holes(raw: Raw) -> None:
+    """Bitmaps of legal length whose data are holes: as many as name one table, and some with one of their own."""
+    count, entries = 64 if ALL else 16, CLUSTER // 8
+    start = appended(raw, numbered(count * CLUSTER, lambda n: FAR + n * CLUSTER))
+    tables = range(start, start + count * CLUSTER, CLUSTER)
+    disk_of(raw, entries * CLUSTER * 8 * 512)
+    l1_at(raw, FAR // 2, entries * 512 // (CLUSTER // 64))
+    directory_of(raw, [bitmap_entry(table, entries, b"%05d" % n, 9) for n, table in enumerate([*tables, *tables])])
+
+
 def bitmap_directory_of_holes(raw: Raw) -> None:
     directory_at(raw, FAR, BITMAPS_MOST, BITMAPS_MOST * 24)
 
@@ -358,7 +387,8 @@ NOISE = tuple(
         Monster,
         (
             l1_of_noise, l1_of_all_there_is, l2_of_noise, l2_behind_the_end, refcount_table_of_noise,
-            refcount_table_far_away, refcount_table_that_is_not_aligned,
+            refcount_table_far_away, refcount_table_that_is_not_aligned, bitmap_tables_of_noise,
+            bitmap_data_behind_the_end, raw_data_file_in_disorder,
         ),
     )
 )  # fmt: skip
@@ -382,8 +412,9 @@ MONSTERS = (
         for make in (
             exabytes, l1_of_holes, l2_tables_in_holes, largest_disk, data_in_holes, refcount_table_of_holes,
             refcount_blocks_in_holes, one_block_for_all, snapshot_table_of_holes, snapshot_table_of_64_mib,
-            snapshots_of_holes, most_bitmaps, bitmap_tables_of_holes, bitmap_tables_of_legal_length,
-            bitmap_directory_of_holes, bitmap_directory_of_64_mib, encryption_header_in_a_hole, clusters_of_2_mib,
+            snapshots_of_holes, most_bitmaps, bitmap_tables_of_holes, bitmap_data_in_holes,
+            bitmap_tables_of_legal_length, bitmap_directory_of_holes, bitmap_directory_of_64_mib,
+            encryption_header_in_a_hole, clusters_of_2_mib,
             clusters_of_512_bytes,
         )
     ),

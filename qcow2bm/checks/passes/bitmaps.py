@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ...bitmap.store import StoredBitmap
 from ...format.bitmap_directory import BitmapFlag
-from ...format.entries import BitmapTableEntry
+from ...format.entries import OFFSET_MASK, BitmapTableEntry
 from ...format.faults import Fault
 from ...image import lock
 from ..census import Use
 from ..model import Finding, InQemu, Location
 from ..problems import found, from_fault
+from ..telling import Fold
 from ..view import View
+
+if TYPE_CHECKING:
+    from ..wrong import Mask
 
 _READ_ANYWAY = "bitmaps-extension-length"
 """The one fault that QEMU looks for although the bitmaps are detached."""
+_OUTSIDE = "bitmap-data-outside"
 
 
 def directory(view: View) -> Iterator[Finding]:
@@ -89,24 +97,30 @@ def _may_be_read(view: View, bitmap: StoredBitmap) -> bool:
     return view.geometry.may_start(offset, 8 * entries) and entries <= view.geometry.max_bitmap_table_entries
 
 
+def _read(view: View, bitmap: StoredBitmap) -> array[int]:
+    """A bitmap table; nothing if there is none, or nothing in it."""
+    offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
+    if not _may_be_read(view, bitmap) or view.file.is_hole(offset, length):
+        return array("Q")
+    return view.read_table(bitmap.entry)
+
+
+def _place(bitmap: StoredBitmap, index: int) -> Location:
+    return Location("bitmap table", bitmap.entry.bitmap_table_offset + 8 * index, index, bitmap=bitmap.name)
+
+
 def _table_faults(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
     """Entries that break the format. QEMU loads tables as it opens the image, those in use only in its check."""
     in_use = bitmap.entry.flags & BitmapFlag.IN_USE
     qemu = (InQemu.FAILS if in_use else InQemu.REFUSES) if view.directory.attached else InQemu.SILENT
-    for place, entry in _entries(view, bitmap):
-        fault = entry.fault(view.geometry)
+    table = _read(view, bitmap)
+    fold = _breaking(view, table) if view.bitmaps_in_bulk else None
+    prefix = f"bitmap '{bitmap.name}': table "
+    for at in range(len(table)) if fold is None else fold.indices():
+        fault = BitmapTableEntry(table[at]).fault(view.geometry) if table[at] else None
         if fault is not None:
-            yield from_fault(fault, place, prefix=f"bitmap '{bitmap.name}': table ", qemu=qemu, bitmap=index)
-
-
-def _entries(view: View, bitmap: StoredBitmap) -> Iterator[tuple[Location, BitmapTableEntry]]:
-    """The entries of a bitmap table that are not zero."""
-    offset, length = bitmap.entry.bitmap_table_offset, 8 * bitmap.entry.bitmap_table_size
-    if not _may_be_read(view, bitmap) or view.file.is_hole(offset, length):
-        return
-    for index, value in enumerate(view.read_table(bitmap.entry)):
-        if value:
-            yield Location("bitmap table", offset + 8 * index, index, bitmap=bitmap.name), BitmapTableEntry(value)
+            yield from_fault(fault, _place(bitmap, at), prefix=prefix, qemu=qemu, bitmap=index)
+    yield from _rest(fold, bitmap, table, qemu)
 
 
 def _table(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
@@ -122,11 +136,51 @@ def _table(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
         yield found("bitmap-table-outside", text, where, qemu=qemu, offset=offset, size=length)
     elif attached:
         census.add(Use.BITMAP, offset, length)
-    for place, entry in _entries(view, bitmap):
-        if not entry.offset or entry.fault(view.geometry) is not None:
+    table = _read(view, bitmap)
+    fold = _counted(view, table) if view.bitmaps_in_bulk else None
+    for at in range(len(table)) if fold is None else fold.indices():
+        entry = BitmapTableEntry(table[at])
+        if not entry.offset or (fold is None and entry.fault(view.geometry) is not None):
             continue
         if census.reaches_outside(entry.offset, size):
             text = f"data of bitmap '{bitmap.name}' at {entry.offset:#x} lies outside the file"
-            yield found("bitmap-data-outside", text, place, qemu=qemu, offset=entry.offset, size=size)
+            yield found(_OUTSIDE, text, _place(bitmap, at), qemu=qemu, offset=entry.offset, size=size)
         elif attached:
             census.add(Use.BITMAP, entry.offset, size)
+    yield from _rest(fold, bitmap, table, qemu)
+
+
+def _judged(view: View, table: array[int]) -> dict[str, Mask]:
+    """The wrong entries of a table that is judged as a whole, by problem."""
+    from ..wrong import bitmap_faults, words
+
+    return bitmap_faults(words(table), view.geometry, view.file_size)
+
+
+def _breaking(view: View, table: array[int]) -> Fold:
+    """Which entries to tell of, of those that break the format."""
+    faults = _judged(view, table)
+    del faults[_OUTSIDE]
+    return Fold(view.telling, faults)
+
+
+def _counted(view: View, table: array[int]) -> Fold:
+    """Count the data clusters; which entries to tell of, of those that reach outside the file."""
+    import numpy as np
+
+    from ..bulk import BulkCensus
+    from ..wrong import words
+
+    faults = _judged(view, table)
+    if view.directory.attached:
+        assert isinstance(view.census, BulkCensus), "where tables are judged as a whole they are counted so"
+        sound = words(table)[~np.logical_or.reduce(list(faults.values()))]
+        view.census.add_bitmap_data(sound & np.uint64(OFFSET_MASK))
+    return Fold(view.telling, {_OUTSIDE: faults[_OUTSIDE]})
+
+
+def _rest(fold: Fold | None, bitmap: StoredBitmap, table: array[int], qemu: InQemu | None) -> Iterator[Finding]:
+    """What is not told entry by entry."""
+    for code, first, count in fold.rest if fold is not None else ():
+        text = f"{count} more entries of the table of bitmap '{bitmap.name}' are like this, from {table[first]:#x} on"
+        yield replace(found(code, text, _place(bitmap, first), qemu=qemu, count=count), folded=True)

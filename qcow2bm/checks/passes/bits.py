@@ -59,7 +59,7 @@ def _needless(view: View, bitmap: StoredBitmap, seen: set[int]) -> Iterator[Find
         if len(seen) >= _LOOKED_AT:
             break
         seen.add(offset)
-        if view.file.read_padded(offset, size) in constants:
+        if view.file.is_hole(offset, size) or view.file.read_padded(offset, size) in constants:
             needless, first = needless + 1, first or offset
     if needless:
         text = f"bitmap '{bitmap.name}' has {needless} data clusters that are all zero or all one"

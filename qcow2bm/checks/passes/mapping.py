@@ -23,6 +23,7 @@ from ..telling import Fold
 from ..view import Root, View
 from ..walk import TableWalk
 
+_RAW_OFFSET = "data-file-raw-offset"
 _FEW = 1 << 10
 """Entries of an L1 table up to which they are looked at one by one, if they are sound."""
 
@@ -176,8 +177,13 @@ def _l2_table(view: View, offset: int, place: Location, visits: int) -> Iterator
         for finding in _l2_entry(view, entry, _l2_place(view, offset, index, start, place.snapshot), visits):
             if fold is None or fold.tells(index, finding.code):
                 yield finding
+    yield from _rest(view, fold, _l2_place(view, offset, 0, start, place.snapshot), visits)
+
+
+def _rest(view: View, fold: Fold | None, table: Location, visits: int) -> Iterator[Finding]:
+    """What is not told entry by entry of an L2 table, which lies where its first entry does."""
     for code, first, count in fold.rest if fold is not None else ():
-        where = _l2_place(view, offset, first, start, place.snapshot)
+        where = _l2_place(view, table.host_offset or 0, first, table.guest_offset or 0, table.snapshot)
         text = f"{count} more entries of this L2 table are like this"
         yield replace(found(code, text, where, count=count * visits), folded=True)
 
@@ -245,7 +251,7 @@ def raw_data_file(view: View) -> Iterator[Finding]:
     """A raw data file is the disk as it is: every cluster of it lies where the guest has it."""
     if not (view.header.has_data_file and view.header.autoclear_features & Autoclear.RAW_EXTERNAL_DATA):
         return
-    geometry, stride = view.geometry, view.geometry.l2_entry_words
+    geometry = view.geometry
     done: set[int] = set()  # a table named twice is wrong the second time, and said to be shared
     for l1_index, l1_entry in enumerate(view.read_l1(view.roots[0])):
         offset = l1_offset(l1_entry)
@@ -254,17 +260,26 @@ def raw_data_file(view: View) -> Iterator[Finding]:
         if view.file.is_hole(offset, geometry.cluster_size):
             continue
         done.add(offset)
-        start = l1_index * geometry.l2_span
-        values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[::stride]
-        for index, value in enumerate(values):
-            entry, guest = L2Entry(value), start + index * geometry.cluster_size
-            if not value or entry.host_offset == guest or not entry.is_standard(geometry, data_file=True):
-                continue
-            where = Location(
-                "L2 table", offset + index * geometry.l2_entry_size, index, guest, geometry.cluster_size
-            )  # fmt: skip
-            text = f"guest offset {guest:#x} lies at {entry.host_offset:#x} of a raw data file"
-            yield found("data-file-raw-offset", text, where, entry=value)
+        yield from _out_of_place(view, offset, l1_index * geometry.l2_span)
+
+
+def _out_of_place(view: View, offset: int, start: int) -> Iterator[Finding]:
+    """The entries of the L2 table at `offset`, which maps the disk from `start` on, that are not where the guest is."""
+    geometry = view.geometry
+    values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
+    fold = None
+    if view.telling.folds and not isinstance(view.census, PlainCensus):
+        from ..wrong import out_of_place, words
+
+        fold = Fold(view.telling, {_RAW_OFFSET: out_of_place(words(values), geometry, start)})
+    for index in range(len(values)) if fold is None else fold.indices():
+        entry, where = L2Entry(values[index]), _l2_place(view, offset, index, start, None)
+        guest = where.guest_offset
+        if not entry.value or entry.host_offset == guest or not entry.is_standard(geometry, data_file=True):
+            continue
+        text = f"guest offset {guest:#x} lies at {entry.host_offset:#x} of a raw data file"
+        yield found(_RAW_OFFSET, text, where, entry=entry.value)
+    yield from _rest(view, fold, _l2_place(view, offset, 0, start, None), 1)
 
 
 def structures(view: View) -> Iterator[Finding]:
