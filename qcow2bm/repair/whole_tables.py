@@ -7,49 +7,18 @@ table is written in pieces of a cluster at most, and what something else uses to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks.model import Finding
 from ..format.entries import table_entries
+from .folded import l1_masked, l2_masked, l2_table
 from .model import GuestRange
 from .workshop import Workshop, runs
-
-if TYPE_CHECKING:
-    from ..checks.wrong import Mask
-    from ..format.vectors import Words
 
 Mend = Callable[[Any, Any], tuple[Any, Any]]
 """What becomes of an entry and its subcluster bitmap: of one as integers, or of many as arrays."""
 _MOST_RANGES = 64
 """Guest ranges of one table that are told apart; of more the whole is told that they lie in."""
-
-
-def _l2_table(shop: Workshop, finding: Finding) -> int:
-    """Host offset of the L2 table that a folded finding is about."""
-    where = finding.location
-    return (where.host_offset or 0) - (where.index or 0) * shop.seen.geometry.l2_entry_size
-
-
-def _l2_masked(shop: Workshop, finding: Finding) -> tuple[Words, Words, Mask]:
-    """The entries of that table as they are now, their bitmaps, and which of them have the problem."""
-    from ..checks.wrong import l2_faults, l2_words
-
-    view = shop.seen
-    geometry, version, data_file = view.geometry, view.header.version, view.header.has_data_file
-    values, bitmaps = l2_words(shop.file.read_padded(_l2_table(shop, finding), geometry.cluster_size), geometry)
-    faults = l2_faults(values, bitmaps, geometry, view.file_size, version=version, data_file=data_file)
-    return values, bitmaps, faults[finding.code]
-
-
-def _l1_masked(shop: Workshop, finding: Finding) -> tuple[int, Words, Mask]:
-    """The same of the L1 table, with its host offset."""
-    from ..checks.wrong import l1_faults, words
-
-    view, where = shop.seen, finding.location
-    start = (where.host_offset or 0) - 8 * (where.index or 0)
-    root = next(root for root in view.roots if root.offset == start and root.name == where.snapshot)
-    entries = words(view.read_l1(root)).copy()
-    return start, entries, l1_faults(entries, view.geometry, view.file_size)[finding.code]
 
 
 def guest_ranges(shop: Workshop, finding: Finding) -> Iterator[GuestRange]:
@@ -58,10 +27,10 @@ def guest_ranges(shop: Workshop, finding: Finding) -> Iterator[GuestRange]:
     if where.snapshot is not None:
         return
     if where.structure == "L2 table":
-        mask, each = _l2_masked(shop, finding)[2], geometry.cluster_size
+        mask, each = l2_masked(shop.seen, finding)[2], geometry.cluster_size
         start = (where.guest_offset or 0) - (where.index or 0) * each
     else:
-        mask, each, start = _l1_masked(shop, finding)[2], geometry.l2_span, 0
+        mask, each, start = l1_masked(shop.seen, finding)[2], geometry.l2_span, 0
     places = mask.nonzero()[0]
     if not places.size:
         return
@@ -76,15 +45,15 @@ def mend_l2(shop: Workshop, finding: Finding, mend: Mend) -> None:
     """Change the entries of an L2 table that have the problem."""
     import numpy as np
 
-    values, bitmaps, mask = _l2_masked(shop, finding)
+    values, bitmaps, mask = l2_masked(shop.seen, finding)
     values[mask], bitmaps[mask] = mend(values[mask], bitmaps[mask])
     every = np.stack([values, bitmaps][: shop.seen.geometry.l2_entry_words], axis=1)
-    _write(shop, _l2_table(shop, finding), every.astype(">u8").tobytes(), f"L2 table: {int(mask.sum())} entries")
+    _write(shop, l2_table(shop.seen, finding), every.astype(">u8").tobytes(), f"L2 table: {int(mask.sum())} entries")
 
 
 def mend_l1(shop: Workshop, finding: Finding, mend: Callable[[Any], Any]) -> None:
     """Change the entries of an L1 table that have the problem."""
-    start, entries, mask = _l1_masked(shop, finding)
+    start, entries, mask = l1_masked(shop.seen, finding)
     entries[mask] = mend(entries[mask])
     _write(shop, start, entries.astype(">u8").tobytes(), f"L1 table: {int(mask.sum())} entries")
 
@@ -93,7 +62,7 @@ def mend_flags(shop: Workshop, finding: Finding) -> None:
     """Turn the copied flags of a table round that contradict the refcounts."""
     view, where = shop.seen, finding.location
     if where.structure == "L2 table":
-        start, size = _l2_table(shop, finding), view.geometry.l2_entry_size
+        start, size = l2_table(shop.seen, finding), view.geometry.l2_entry_size
         data = bytearray(shop.file.read_padded(start, view.geometry.cluster_size))
         places = view.census.miscopied(table_entries(bytes(data))[:: view.geometry.l2_entry_words])
     else:
@@ -108,6 +77,9 @@ def mend_flags(shop: Workshop, finding: Finding) -> None:
 
 def _write(shop: Workshop, start: int, data: bytes, purpose: str) -> None:
     """Write a table, without the parts of it that something else uses too."""
+    there = max(0, shop.file.size - start)  # the last cluster of a file may be cut short, and then it stays so
+    if not any(data[there:]):
+        data = data[:there]
     size, at = shop.seen.geometry.cluster_size, 0
     while at < len(data):
         end = min(len(data), at + size - (start + at) % size)

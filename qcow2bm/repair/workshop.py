@@ -20,6 +20,7 @@ from ..format.header import UNKNOWN_INCOMPATIBLE
 from ..image.image import Qcow2Image
 from ..image.overlay import Mark, OverlayFile
 from ..image.plan import Kept, Plan
+from .folded import named_outside
 from .model import Patch, RepairPolicy, Step
 from .salvage import Salvaged
 
@@ -31,6 +32,10 @@ _SPARE = 1 << 12
 """Clusters beside twice the disk's that a file may grow to: damage that asks for more is no reason to fill a disk."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
 """The problems of clusters with more uses than one."""
+_NAMING_OUTSIDE = ("l2-outside", "data-outside", "compressed-outside", "bitmap-data-outside")
+"""The problems of entries of which a check folds very many, and that name something where nothing else may lie."""
+_MOST_NAMED = 1 << 16
+"""Entries of folded findings up to which that is worked out: at every look, and each for itself."""
 _MOST_FINDINGS = 1 << 18
 """Findings of a problem that one round of steps mends; there may be more rounds."""
 _SHOWN = 32
@@ -97,7 +102,7 @@ class Workshop:
         if not self._is_stale:
             return self._findings
         inspection = inspect(self.file, locked=True, progress=self.progress)
-        self._too_many = False
+        named = 0
         found: dict[str, list[Finding]] = defaultdict(list)
         dangling = _Spans()
         for finding in chain(inspection.early, inspection.findings(OPENING)):
@@ -105,11 +110,11 @@ class Workshop:
         if inspection.view is not None and UNKNOWN_INCOMPATIBLE not in found:
             size = inspection.view.geometry.cluster_size
             for finding in inspection.findings(CHECKING + BEYOND):
-                if finding.folded:
-                    self._too_many = self._too_many or (
-                        finding.code.endswith("-outside") and finding.code != "refcount-block-outside"
-                    )
-                elif finding.code.endswith("-outside"):
+                if finding.folded and finding.code in _NAMING_OUTSIDE:
+                    named += finding.count
+                    for span in named_outside(inspection.view, finding) if named <= _MOST_NAMED else ():
+                        dangling.add(*span)
+                elif finding.code.endswith("-outside") and not finding.folded:
                     start = finding.values["offset"]
                     dangling.add(start // size, (start + finding.values.get("size", size) - 1) // size + 1)
                 if len(found[finding.code]) < _MOST_FINDINGS:
@@ -118,6 +123,7 @@ class Workshop:
             self.blind = self.blind or inspection.view.blind
             self.doubtful = self.doubtful or inspection.view.leak_doubt is not None
             self._first = self._first or inspection.view.image
+        self._too_many = named > _MOST_NAMED
         self._seen, self._findings, self._is_stale = inspection.view, dict(found), False
         return self._findings
 
@@ -297,7 +303,7 @@ class Workshop:
         used = max(geometry.clusters(view.allocation.image_end_offset), self._end)
         first = used if self.file.is_device else max(used, geometry.clusters(self.file.size))
         if self._too_many:
-            text = "more damaged entries name something behind the end of the file than are looked at one by one"
+            text = f"more than {_MOST_NAMED} damaged entries name something behind the end of the file"
             raise NoSpaceError(text, hint="allow to give them up")
         # What an entry names past the end of the file reads as zeroes: nothing else may come to lie there.
         while (stop := self._dangling.first_stop(first, first + count)) is not None:

@@ -102,7 +102,7 @@ def test_a_table_is_mended_as_a_whole_as_it_is_entry_by_entry(
     repaired = []
     for told in (None, 0):
         damage(data, entries, table).save(path)
-        with patch.dict(runner.inspect.__kwdefaults__, {"told": told}):
+        with in_bulk(), patch.dict(runner.inspect.__kwdefaults__, {"told": told}):
             assert main(["repair", str(path), "--yes", "--allow", "guess", "--no-undo"]) in (0, 2, 3)
         repaired.append((runner.check(path).counts, path.read_bytes()))
     assert repaired[0] == repaired[1]
