@@ -36,7 +36,7 @@ _VERY_LONG_RUN = 1 << 11
 _DENSE = 1 << 14
 _PIECE = 1 << 12
 _AT_ONCE = 1 << 18
-"""L1 entries that are compared at once."""
+"""L1 entries that are compared at once: those in the largest cluster, or in several."""
 _COMPARED = 1 << 18
 """Bytes of refcount blocks that are compared at once."""
 
@@ -172,6 +172,24 @@ class BulkCensus(Census):
 
     def miscopied_tables(self, l1_table: array[int]) -> array[int]:
         return array("q", self._doubtful_tables(words(l1_table), ()).tobytes())
+
+    def miscopied_table_runs(self, l1_table: array[int], step: int) -> Iterator[tuple[int, int, int]]:
+        """The entries of `miscopied_tables` in a row with the same flag and refcount, cut at multiples of `step`.
+
+        Each run as first index, how many, and that refcount.
+        """
+        values = words(l1_table)
+        for start in range(0, values.size, _AT_ONCE):  # a multiple of any step
+            part = values[start : start + _AT_ONCE]
+            found = self._doubtful_tables(part, ())
+            chosen = part[found]
+            clusters = (chosen & np.uint64(OFFSET_MASK)) >> np.uint64(self.geometry.cluster_bits)
+            stored, flags = self._refcounts_of(clusters.view(np.int64)), chosen >= np.uint64(COPIED)
+            new = (np.diff(found) != 1) | (stored[1:] != stored[:-1]) | (flags[1:] != flags[:-1])
+            new |= found[1:] % step == 0
+            edges = [0, *(np.flatnonzero(new) + 1).tolist(), found.size]
+            for first, stop in pairwise(edges if found.size else ()):
+                yield start + int(found[first]), stop - first, int(stored[first])
 
     def _doubtful_tables(self, l1_table: Words, tables: Collection[int]) -> Clusters:
         """Places of L1 entries whose copied flag contradicts the refcount, or that name one of some tables."""
@@ -398,16 +416,16 @@ class BulkCensus(Census):
         ones = near.take(clusters, mode="clip")
         if int(clusters.max(initial=0)) >= near.size:
             far = np.flatnonzero(clusters >= near.size)
-            ones[far] = self._ones_far(clusters[far])
+            ones[far] = self._refcounts_of(clusters[far]) == 1
         wrong = ones != (values.view(np.int64) < 0)  # the copied flag is the highest bit
         if self._is_unreadable.any():
             wrong &= ~self._is_unreadable.take(clusters // self.geometry.refcounts_per_block, mode="clip")
         return np.flatnonzero(wrong)
 
-    def _ones_far(self, clusters: Clusters) -> Mask:
-        """Which of some clusters have a refcount of one, a refcount block at a time."""
+    def _refcounts_of(self, clusters: Clusters) -> Words:
+        """The refcounts of some clusters on disk, a refcount block at a time; 0 where there is none."""
         per_block = self.geometry.refcounts_per_block
-        ones: Mask = np.zeros(clusters.size, np.bool_)
+        found = np.zeros(clusters.size, np.uint64)
         blocks = clusters // per_block
         known = np.flatnonzero(self._is_named.take(blocks, mode="clip"))
         known = known[np.argsort(blocks[known], kind="stable")]
@@ -416,8 +434,8 @@ class BulkCensus(Census):
             places = known[start:stop]
             index = int(blocks[places[0]])
             counts, _ = self._stored(range(index, index + 1), per_block)
-            ones[places] = counts[clusters[places] - index * per_block] == 1
-        return ones
+            found[places] = counts[clusters[places] - index * per_block]
+        return found
 
     @cached_property
     def _is_named(self) -> Mask:

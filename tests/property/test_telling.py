@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qcow2bm.__main__ import main
 from qcow2bm.checks import runner, view, walk
+from qcow2bm.checks.passes import copied
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import OFFSET, Raw
 
@@ -56,7 +57,10 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @contextlib.contextmanager
 def in_bulk() -> Iterator[None]:
     """No table is too small to be judged as a whole."""
-    with patch.object(walk, "PLAIN_ENTRIES", 0), patch.object(view, "PLAIN_ENTRIES", 0):
+    small = ((walk, "PLAIN_ENTRIES"), (view, "PLAIN_ENTRIES"), (copied, "_LARGE"))
+    with contextlib.ExitStack() as stack:
+        for module, limit in small:
+            stack.enter_context(patch.object(module, limit, 0))
         yield
 
 

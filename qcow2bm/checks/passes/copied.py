@@ -76,21 +76,11 @@ def _in_bulk(view: View, root: Root, l1_table: array[int]) -> Iterator[Finding]:
 
 def _wrong_runs(view: View, root: Root, l1_table: array[int]) -> Iterator[_Run]:
     """The entries of a large L1 table with a wrong flag."""
-    geometry = view.geometry
-    pending: _Run | None = None
-    for index, stop in _cut(view.census.doubtful_copied(l1_table, ()), geometry.cluster_size // 8):
-        stored = view.stored.get(geometry.cluster_of(l1_offset(l1_table[index])))
-        if stored is None or (stored == 1) == bool(l1_table[index] & COPIED):
-            continue
-        run = _Run(root.offset + 8 * index, index, stop - index, l1_table[index], stored)
-        if pending is not None and pending.goes_on_with(run, geometry.cluster_size):
-            pending = pending._replace(length=pending.length + run.length)
-            continue
-        if pending is not None:
-            yield pending
-        pending = run
-    if pending is not None:
-        yield pending
+    from ..bulk import BulkCensus
+
+    assert isinstance(view.census, BulkCensus), "a large L1 table is counted in bulk"
+    for first, length, stored in view.census.miscopied_table_runs(l1_table, view.geometry.cluster_size // 8):
+        yield _Run(root.offset + 8 * first, first, length, l1_table[first], stored)
 
 
 def _cut(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:
