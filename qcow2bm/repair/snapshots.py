@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 from ..checks.model import Finding, RepairClass
 from ..errors import CorruptImageError
@@ -110,14 +111,14 @@ def _complete(shop: Workshop) -> None:
     entries = []
     ids: set[bytes] = set()
     taken = {entry.id for entry in _entries(shop)}
+    numbers = (number for number in count(1) if str(number).encode() not in taken)
     for entry in _entries(shop):
         fixed = entry
         if shop.image.header.version >= 3 and len(entry.extra_data) < _EXTRA_FIELDS:
             sizes = (entry.full_vm_state_size, shop.image.header.size)
             fixed = replace(entry, extra_data=b"".join(size.to_bytes(8, "big") for size in sizes), padding=b"")
         if not entry.id or entry.id in ids:
-            number = next(number for number in range(1, len(taken) + 2) if str(number).encode() not in taken)
-            fixed = replace(fixed, id=str(number).encode(), padding=b"")
+            fixed = replace(fixed, id=str(next(numbers)).encode(), padding=b"")
         ids.add(fixed.id)
         taken.add(fixed.id)
         entries.append(fixed)

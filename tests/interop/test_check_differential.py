@@ -97,7 +97,7 @@ def ours(image: Path, way: str) -> Answer:
     try:
         with contextlib.ExitStack() as stack:
             if way == "by whole tables":
-                stack.enter_context(patch("qcow2bm.checks.walk._PLAIN_ENTRIES", -1))
+                stack.enter_context(patch("qcow2bm.checks.walk.PLAIN_ENTRIES", -1))
             stack.enter_context(patch("os.execv", side_effect=AssertionError("handed over to the real qemu-img")))
             for context in (contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline()):
                 stack.enter_context(context)

@@ -113,7 +113,7 @@ def ours(folder: Path, way: str, *argv: str) -> Answer:
     try:
         with contextlib.ExitStack() as stack:
             if way == "by whole tables":
-                stack.enter_context(patch("qcow2bm.checks.walk._PLAIN_ENTRIES", -1))
+                stack.enter_context(patch("qcow2bm.checks.walk.PLAIN_ENTRIES", -1))
             stack.enter_context(patch("os.execv", side_effect=AssertionError("handed over to the real qemu-img")))
             stack.enter_context(contextlib.chdir(folder))
             for context in (contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), deadline()):

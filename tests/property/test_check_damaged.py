@@ -40,8 +40,8 @@ def checked(image: Path, *, plainly: bool) -> Report | str:
     """The report, by one kind of census; or the name of the refusal."""
     limit = EVERYTHING if plainly else -1
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(walk, "_PLAIN_ENTRIES", limit)
-        patched.setattr(walk, "_PLAIN_BLOCKS", limit)
+        patched.setattr(walk, "PLAIN_ENTRIES", limit)
+        patched.setattr(walk, "PLAIN_BLOCKS", limit)
         try:
             return runner.check(image, owners=True, limit=None)
         except (NotQcow2Error, UnsupportedVersionError) as error:
