@@ -192,10 +192,6 @@ class Census(ABC):
         """How many entries of an L2 table those are."""
         return sum(1 for _ in self.miscopied(values))
 
-    def miscopied_tables(self, l1_table: array[int]) -> array[int]:
-        """Indices of the entries of an L1 table whose copied flag contradicts the refcount of the L2 table."""
-        raise NotImplementedError("a large L1 table is counted in bulk")
-
     def miscopied_runs(self, values: array[int]) -> Iterator[tuple[int, int]]:
         """The same as ranges of indices; the flag is the same in all of a range."""
         start = stop = -1

@@ -10,14 +10,21 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..format.entries import get_refcount, refcount_block_offset, table_entries
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from ..image.image import Qcow2Image
 
+if TYPE_CHECKING:
+    from ..format.vectors import Refcounts
+    from .wrong import Mask
+
 _KEPT_BYTES = 4 << 20
 _FEW = 1 << 12
 """Refcount blocks that are looked at without asking the file system for holes."""
+_COMPARED = 1 << 18
+"""Bytes of refcount blocks that are compared at once."""
 
 
 class StoredRefcounts:
@@ -101,6 +108,21 @@ class StoredRefcounts:
         self._file.read_pieces(((offset, size) for offset in places), buffer)
         return buffer, readable
 
+    def counts(self, start: int, stop: int, clusters: int) -> tuple[Refcounts, Mask | None]:
+        """The refcounts of the first clusters that the blocks from `start` up to `stop` count, so many, as arrays.
+
+        And where they can be read, None if everywhere.
+        """
+        import numpy as np  # only those who use arrays get here
+
+        from ..format.vectors import refcounts
+
+        blocks, readable = self.row(start, stop)
+        found = refcounts(blocks, self._geometry.refcount_order)[:clusters]
+        if all(readable):
+            return found, None
+        return found, np.repeat(readable, self._geometry.refcounts_per_block)[:clusters]
+
     def get(self, cluster: int) -> int | None:
         """The refcount of a cluster; None if it cannot be read."""
         index, within = divmod(cluster, self._geometry.refcounts_per_block)
@@ -149,3 +171,12 @@ class StoredRefcounts:
             if len(self._kept) > self._room:
                 self._kept.popitem(last=False)
         return self._kept[index]
+
+
+def block_rows(indices: Sequence[int], cluster_size: int) -> Iterator[tuple[int, int]]:
+    """Refcount blocks in a row as (first, last + 1), as many together as are compared at once."""
+    start, most = 0, max(1, _COMPARED // cluster_size)
+    for place in range(1, len(indices) + 1):
+        if place == len(indices) or indices[place] != indices[place - 1] + 1 or place - start >= most:
+            yield indices[start], indices[place - 1] + 1
+            start = place

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bitmap.store import BitmapDirectory, StoredBitmap
 from ..errors import CorruptImageError, naming
@@ -31,9 +32,12 @@ from ..image.plan import SECTOR
 from ..image.references import Kind, Reference, l1_owner, structures
 from .census import Census, Mismatch
 from .model import Allocation
-from .plain import PLAIN_ENTRIES
+from .plain import PLAIN_ENTRIES, PlainCensus
 from .stored import StoredRefcounts
 from .telling import Telling
+
+if TYPE_CHECKING:
+    from .bulk import BulkCensus
 
 Progress = Callable[[int, int], None]
 
@@ -131,6 +135,19 @@ class View:
         qemu-img makes no such difference.
         """
         return not self.as_qemu and (self.hidden or not self.complete)
+
+    @property
+    def tables_in_bulk(self) -> bool:
+        """True if there are so many entries that tables which want a closer look are judged as a whole."""
+        return self.telling.folds and not isinstance(self.census, PlainCensus)
+
+    @property
+    def bulk(self) -> BulkCensus:
+        """The census, where tables are so large that they are counted as a whole."""
+        from .bulk import BulkCensus
+
+        assert isinstance(self.census, BulkCensus), "what is judged as a whole is counted so"
+        return self.census
 
     @cached_property
     def bitmaps_in_bulk(self) -> bool:

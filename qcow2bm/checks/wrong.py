@@ -37,12 +37,18 @@ def words(table: array[int]) -> Words:
     return np.frombuffer(table, np.uint64) if len(table) else np.empty(0, np.uint64)
 
 
-def l2_words(data: bytes | memoryview, geometry: Geometry) -> tuple[Words, Words]:
-    """The entries of L2 tables, and their subcluster bitmaps, all 0 if they have none."""
+def split_words(data: bytes | memoryview, geometry: Geometry) -> tuple[Words, Words | None]:
+    """The entries of L2 tables, and their subcluster bitmaps if they have some."""
     every = np.frombuffer(data, ">u8").astype(np.uint64)
     if geometry.extended_l2:
         return every[::2].copy(), every[1::2].copy()
-    return every, np.zeros_like(every)
+    return every, None
+
+
+def l2_words(data: bytes | memoryview, geometry: Geometry) -> tuple[Words, Words]:
+    """The same, with bitmaps of 0 if they have none."""
+    values, bitmaps = split_words(data, geometry)
+    return values, np.zeros_like(values) if bitmaps is None else bitmaps
 
 
 def l1_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[str, Mask]:
@@ -86,7 +92,8 @@ def bitmap_faults(entries: Words, geometry: Geometry, file_size: int) -> dict[st
 def out_of_place(values: Words, geometry: Geometry, start: int) -> Mask:
     """Entries of an L2 table with a cluster of a raw data file that is not where the guest has it, from `start` on."""
     expected = np.uint64(start) + np.arange(values.size, dtype=np.uint64) * np.uint64(geometry.cluster_size)
-    found: Mask = _standard(values, geometry, data_file=True) & (values & np.uint64(OFFSET_MASK) != expected)
+    offsets = values & np.uint64(OFFSET_MASK)
+    found: Mask = is_standard(values, offsets, geometry, data_file=True) & (offsets != expected)
     return found
 
 
@@ -98,7 +105,7 @@ def l2_faults(
     plain = ~compressed
     offsets = values & np.uint64(OFFSET_MASK)
     zero, allocated = _has(values, ZERO), bitmaps & np.uint64(ALL_SUBCLUSTERS)
-    standard = _standard(values, geometry, data_file=data_file)
+    standard = is_standard(values, offsets, geometry, data_file=data_file)
     unaligned = standard & _has(offsets, geometry.cluster_size - 1)
     holds_data = allocated != 0 if geometry.extended_l2 else ~zero
     found = {
@@ -122,9 +129,9 @@ def l2_faults(
     return found
 
 
-def _standard(values: Words, geometry: Geometry, *, data_file: bool) -> Mask:
-    """Entries with a cluster of their own, as `L2Entry.is_standard` says it."""
-    named: Mask = values & np.uint64(OFFSET_MASK) != 0
+def is_standard(values: Words, offsets: Words, geometry: Geometry, *, data_file: bool) -> Mask:
+    """Entries with a cluster of their own, as `L2Entry.is_standard` says it; `offsets` are their host offsets."""
+    named: Mask = offsets != 0
     if data_file:
         own = _has(values, COPIED)
         named |= own if geometry.extended_l2 else own & ~_has(values, ZERO)

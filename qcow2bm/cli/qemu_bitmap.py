@@ -194,7 +194,7 @@ def _draft(image: Image, request: Request) -> Edit:
     from ..errors import Qcow2bmError, UnsupportedImageError, naming
 
     try:
-        with naming(request.image):
+        with naming(request.image):  # what cannot be read is the real one's to explain
             edit = image.draft()
     except UnsupportedImageError:  # a version 2 image
         action, _ = request.actions[0]

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..checks.model import Finding, RepairClass
+from ..checks.plain import PLAIN_ENTRIES
 from ..checks.view import Root
 from ..errors import NoSpaceError, UnsupportedImageError
 from ..format.entries import COPIED, OFFSET_MASK, ZERO, CompressedDescriptor, L2Entry, l1_offset, table_entries
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 _MOST_CLUSTERS = 1 << 17
 _MOST_BYTES = 4 << 30
 """Clusters, and bytes, that one repair copies; an image with more of them is better converted."""
-_PLAIN_ENTRIES = 1 << 14
-"""L2 entries up to which plain Python is faster than loading numpy."""
 
 
 def apart(shop: Workshop) -> Iterator[Proposal]:
@@ -208,7 +207,7 @@ class _Separation:
                 yield index, entry
 
     def _candidates(self, table: bytes) -> Iterable[int]:
-        if self._view.l2_tables * self._geometry.l2_entries <= _PLAIN_ENTRIES:
+        if self._view.l2_tables * self._geometry.l2_entries <= PLAIN_ENTRIES:
             return range(self._geometry.l2_entries)
         from ..format.vectors import ClusterFilter, host_clusters
 

@@ -70,11 +70,8 @@ def _drop_blocks(shop: Workshop, found: list[Finding]) -> None:
 def _all_wrong(shop: Workshop, codes: set[str]) -> Iterator[tuple[int, int]]:
     """The entries of the refcount table with these problems: index of the first of a run, and how many."""
     from ..checks.blocks import BlockRuns
-    from ..checks.bulk import BulkCensus
 
-    census = shop.seen.census
-    assert isinstance(census, BulkCensus), "findings are folded where there are very many"
-    judged = BlockRuns(shop.seen.stored.table, census, counted=True)
+    judged = BlockRuns(shop.seen.stored.table, shop.seen.bulk, counted=True)
     yield from judged.entries(codes)
 
 

@@ -60,6 +60,8 @@ def mend_l1(shop: Workshop, finding: Finding, mend: Callable[[Any], Any]) -> Non
 
 def mend_flags(shop: Workshop, finding: Finding) -> None:
     """Turn the copied flags of a table round that contradict the refcounts."""
+    from ..checks.wrong import words
+
     view, where = shop.seen, finding.location
     if where.structure == "L2 table":
         start, size = l2_table(shop.seen, finding), view.geometry.l2_entry_size
@@ -69,7 +71,7 @@ def mend_flags(shop: Workshop, finding: Finding) -> None:
         start, size = view.roots[0].offset, 8
         table = view.read_l1(view.roots[0])
         data = bytearray(shop.file.read_padded(start, 8 * len(table)))
-        places = iter(view.census.miscopied_tables(table))
+        places = iter(view.bulk.flags.wrong_in_l1(words(table)).tolist())
     for place in places:  # the flag is the highest bit of an entry
         data[place * size] ^= 0x80
     _write(shop, start, bytes(data), f"{where.structure}: copied flags")

@@ -57,7 +57,7 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @contextlib.contextmanager
 def in_bulk() -> Iterator[None]:
     """No table is too small to be judged as a whole."""
-    small = ((walk, "PLAIN_ENTRIES"), (view, "PLAIN_ENTRIES"), (copied, "_LARGE"))
+    small = ((walk, "PLAIN_ENTRIES"), (view, "PLAIN_ENTRIES"), (copied, "PLAIN_ENTRIES"))
     with contextlib.ExitStack() as stack:
         for module, limit in small:
             stack.enter_context(patch.object(module, limit, 0))

@@ -168,14 +168,12 @@ def _counted(view: View, table: array[int]) -> Fold:
     """Count the data clusters; which entries to tell of, of those that reach outside the file."""
     import numpy as np
 
-    from ..bulk import BulkCensus
     from ..wrong import words
 
     faults = _judged(view, table)
     if view.directory.attached:
-        assert isinstance(view.census, BulkCensus), "where tables are judged as a whole they are counted so"
         sound = words(table)[~np.logical_or.reduce(list(faults.values()))]
-        view.census.add_bitmap_data(sound & np.uint64(OFFSET_MASK))
+        view.bulk.add_bitmap_data(sound & np.uint64(OFFSET_MASK))
     return Fold(view.telling, {_OUTSIDE: faults[_OUTSIDE]})
 
 

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from ...format.entries import COPIED, L2Entry, l1_offset, table_entries
 from ..model import Finding, Location
+from ..plain import PLAIN_ENTRIES
 from ..problems import found
 from ..view import Root, View
 
-_LARGE = 1 << 14
-"""Entries of an L1 table above which it is looked at as a whole."""
 _REMEMBERED = 1 << 12
 """Refcounts of L2 tables."""
 
@@ -23,7 +22,7 @@ def copied(view: View) -> Iterator[Finding]:
     """Entries whose flag contradicts the refcount; what cannot be read is left out."""
     geometry, root = view.geometry, view.roots[0]
     l1_table = view.read_l1(root)
-    if view.telling.folds and len(l1_table) > _LARGE:
+    if view.telling.folds and len(l1_table) > PLAIN_ENTRIES:
         yield from _in_bulk(view, root, l1_table)
         return
     done: set[int] = set()
@@ -59,28 +58,20 @@ def _in_bulk(view: View, root: Root, l1_table: array[int]) -> Iterator[Finding]:
     """The same of a large L1 table: first its own flags, then those of the tables that it names."""
     from ..wrong import first_of_each, words
 
-    told = 0
-    for run in _wrong_runs(view, root, l1_table):
+    entries, flags, told = words(l1_table), view.bulk.flags, 0
+    for first, length, stored in flags.wrong_l1_runs(entries, view.geometry.cluster_size // 8):
+        run = _Run(root.offset + 8 * first, first, length, l1_table[first], stored)
         if not view.telling.take("copied-l1", 1):
-            rest = len(view.census.miscopied_tables(l1_table)) - told
+            rest = flags.wrong_in_l1(entries).size - told
             text = f"the copied flags of {rest} more L1 entries contradict the refcounts"
             where = Location("active L1 table", run.place, run.first)
             yield replace(found("copied-l1", text, where, count=rest), folded=True)
             break
         told += run.length
         yield _of_l1(view, run)
-    for index in first_of_each(words(l1_table), view.miscopied):
+    for index in first_of_each(entries, view.miscopied):
         offset = l1_offset(l1_table[index])
         yield from _table(view, offset, index, view.miscopied[offset])
-
-
-def _wrong_runs(view: View, root: Root, l1_table: array[int]) -> Iterator[_Run]:
-    """The entries of a large L1 table with a wrong flag."""
-    from ..bulk import BulkCensus
-
-    assert isinstance(view.census, BulkCensus), "a large L1 table is counted in bulk"
-    for first, length, stored in view.census.miscopied_table_runs(l1_table, view.geometry.cluster_size // 8):
-        yield _Run(root.offset + 8 * first, first, length, l1_table[first], stored)
 
 
 def _cut(ranges: Iterable[tuple[int, int]], step: int) -> Iterator[tuple[int, int]]:

@@ -17,7 +17,6 @@ from ...format.limits import MAX_L1_ENTRIES
 from ...image.mapping_tables import room_for_l1_tables
 from ..census import Use
 from ..model import Finding, InQemu, Location
-from ..plain import PlainCensus
 from ..problems import found
 from ..telling import Fold
 from ..view import Root, View
@@ -98,8 +97,7 @@ def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterato
         offset = l1_offset(entry)
         return bool(entry & L1_RESERVED or offset & cut or offset + size > view.file.size)
 
-    in_bulk = view.telling.folds and not isinstance(view.census, PlainCensus)
-    if in_bulk and (len(entries) > _FEW or any(map(is_odd, entries))):
+    if view.tables_in_bulk and (len(entries) > _FEW or any(map(is_odd, entries))):
         yield from _in_bulk(view, entries, where, suspects, done)
         return
     for entry, start, stop in equal_entries(entries):  # any number may be the same
@@ -190,7 +188,7 @@ def _rest(view: View, fold: Fold | None, table: Location, visits: int) -> Iterat
 
 def _fold_of(view: View, data: bytes) -> Fold | None:
     """What to tell of an L2 table, of very many; None for all of it."""
-    if not view.telling.folds or isinstance(view.census, PlainCensus):
+    if not view.tables_in_bulk:
         return None
     from ..wrong import l2_faults, l2_words
 
@@ -268,7 +266,7 @@ def _out_of_place(view: View, offset: int, start: int) -> Iterator[Finding]:
     geometry = view.geometry
     values = table_entries(view.file.read_padded(offset, geometry.cluster_size))[:: geometry.l2_entry_words]
     fold = None
-    if view.telling.folds and not isinstance(view.census, PlainCensus):
+    if view.tables_in_bulk:
         from ..wrong import out_of_place, words
 
         fold = Fold(view.telling, {_RAW_OFFSET: out_of_place(words(values), geometry, start)})

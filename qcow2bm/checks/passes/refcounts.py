@@ -75,10 +75,8 @@ def _wrong(view: View, blocks: list[int]) -> Iterator[_Run]:
 def _in_bulk(view: View) -> Iterator[Finding]:
     """The same of a large table, judged as a whole."""
     from ..blocks import BlockRuns
-    from ..bulk import BulkCensus
 
-    assert isinstance(view.census, BulkCensus), "so many blocks are counted in bulk"
-    runs = BlockRuns(view.stored.table, view.census)
+    runs = BlockRuns(view.stored.table, view.bulk)
     told: list[Finding] = []
     rest: list[Finding] = []
     for code, wrong in runs.wrong.items():
@@ -93,7 +91,7 @@ def _in_bulk(view: View) -> Iterator[Finding]:
             text = f"{count} more entries of the refcount table are like this, from entry {first} on"
             where = Location("refcount table", view.header.refcount_table_offset + 8 * first, first)
             rest.append(replace(found(code, text, where, count=count), folded=True))
-    view.census.count_blocks(runs.blocks)
+    view.bulk.count_blocks(runs.blocks)
     yield from sorted(told, key=lambda finding: finding.values["index"])
     yield from rest
 
