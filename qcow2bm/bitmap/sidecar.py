@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, TypeVar
 
-from .. import __version__
 from ..errors import BitmapInconsistentError, BitmapNotFoundError, naming
 from ..format.geometry import div_up
 from ..format.sidecar import (
@@ -30,6 +29,7 @@ from ..format.sidecar import (
 )
 from ..format.text import decode_name, encode_name
 from ..image.image import Qcow2Image
+from ..version import __version__
 from .chunks import ONES, Constant
 from .sidecar_digest import Content, Sum, runs
 from .sidecar_lineage import Lineage, image_id, time_stamp
