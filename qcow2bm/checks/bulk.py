@@ -304,15 +304,14 @@ class BulkCensus(Census):
             if first < end:
                 yield first, self._total(first, end), range(start, stop)
 
-    def _blocks_in_use(self) -> list[int]:
+    def _blocks_in_use(self) -> array[int]:
         """Indices of refcount blocks that exist or that count clusters in use."""
         per_block = self.geometry.refcounts_per_block
         occupied = self.stored.occupied
-        found = set(occupied[: bisect_left(occupied, -(-self.clusters // per_block))])
-        found.update(range(-(-min(self._near, self.clusters) // per_block)))
-        for counts in self._counts.values():
-            found |= counts.far_blocks(per_block)
-        return sorted(found)
+        found = [np.array(occupied[: bisect_left(occupied, -(-self.clusters // per_block))], np.int64)]
+        found.append(np.arange(-(-min(self._near, self.clusters) // per_block)))
+        found += [counts.far_blocks(per_block) for counts in self._counts.values()]
+        return array("q", np.unique(np.concatenate(found)).tobytes())
 
     def _total(self, first: int, stop: int) -> Refcounts:
         parts = [counts.slice(first, stop) for counts in self._counts.values()]

@@ -6,6 +6,7 @@ near follows from how many tables the image has, so a sparse file that claims ex
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +33,7 @@ class Counters:
     def __init__(self, near: int) -> None:
         self._near = near
         self._far: list[tuple[int, Clusters]] = []
-        self._far_runs: list[tuple[int, int, int]] = []
+        self._far_runs = array("q")  # of each first, end and weight: there may be a million
         self._sorted: tuple[Clusters, Words] | None = None
         self._steps: tuple[Clusters, Clusters] | None = None
         self.array: Array | None = None
@@ -42,7 +43,7 @@ class Counters:
     def add_run(self, first: int, stop: int, weight: int) -> None:
         """Count the clusters from `first` up to `stop`."""
         if stop > self._near:
-            self._far_runs.append((max(first, self._near), stop, weight))
+            self._far_runs.extend((max(first, self._near), stop, weight))
             self._steps = None
         if first < self._near:
             self._add_slice(first, min(stop, self._near), weight, weight)
@@ -108,12 +109,14 @@ class Counters:
             return False
         return bool(self._runs_at(far).any()) or bool(np.isin(far, self._far_sorted()[0]).any())
 
-    def far_blocks(self, per_block: int) -> set[int]:
-        """Indices of the refcount blocks that count far clusters which are referred to."""
-        found = {int(index) for index in np.unique(self._far_sorted()[0] // per_block)}
-        for first, stop, _ in self._far_runs:
-            found.update(range(first // per_block, (stop - 1) // per_block + 1))
-        return found
+    def far_blocks(self, per_block: int) -> Clusters:
+        """Indices of the refcount blocks that count far clusters which are referred to; some may come twice."""
+        blocks = self._far_sorted()[0] // per_block
+        firsts, stops, _ = self._runs()
+        firsts //= per_block
+        lengths = (stops - 1) // per_block + 1 - firsts
+        of_runs = np.repeat(firsts + lengths - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+        return np.concatenate([blocks[np.diff(blocks, prepend=-1) != 0], of_runs])
 
     def tighten(self) -> None:
         """Make `peak` exact."""
@@ -122,9 +125,15 @@ class Counters:
     def _far_sorted(self) -> tuple[Clusters, Words]:
         if self._sorted is None:
             clusters = np.concatenate([np.empty(0, np.int64), *(part for _, part in self._far)])
-            weights = [np.full(part.size, weight, np.uint64) for weight, part in self._far]
-            order = np.argsort(clusters, kind="stable")
-            self._sorted = clusters[order], np.concatenate([np.empty(0, np.uint64), *weights])[order]
+            weights = np.array([weight for weight, _ in self._far], np.uint64)
+            if (weights == weights[:1]).all():  # as a rule, and there may be millions: in one array
+                clusters.sort()
+                self._far = [(int(weight), clusters) for weight in weights[:1]]
+                self._sorted = clusters, np.broadcast_to(weights[:1], clusters.shape) if weights.size else weights
+            else:
+                weights = np.repeat(weights, [part.size for _, part in self._far])
+                order = np.argsort(clusters, kind="stable")
+                self._sorted = clusters[order], weights[order]
         return self._sorted
 
     def _runs_at(self, clusters: Clusters) -> Words:
@@ -138,13 +147,17 @@ class Counters:
         begin, end = np.searchsorted(places, [first, stop - 1], "right")
         return bool(heights[begin : end + 1].any())
 
+    def _runs(self) -> Clusters:
+        """The far runs: a row with where they begin, one with where they end, and one of their weights."""
+        return np.array(self._far_runs).reshape(-1, 3).T
+
     def _far_steps(self) -> tuple[Clusters, Clusters]:
         """Where far runs begin or end, in order, and how many there are before the first, after it, and so on."""
         if self._steps is None:
-            runs = np.array(self._far_runs, np.int64).reshape(-1, 3)
-            places = np.concatenate([runs[:, 0], runs[:, 1]])
+            firsts, stops, weights = self._runs()
+            places = np.concatenate([firsts, stops])
             order = np.argsort(places, kind="stable")
-            heights = np.cumsum(np.concatenate([runs[:, 2], -runs[:, 2]])[order])
+            heights = np.cumsum(np.concatenate([weights, -weights])[order])
             self._steps = places[order], np.concatenate([np.zeros(1, np.int64), heights])
         return self._steps
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..format.entries import get_refcount, refcount_block_offset, table_entries
+from ..format.entries import REFCOUNT_BLOCK_MASK, get_refcount, refcount_block_offset, table_entries
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from ..image.image import Qcow2Image
 
@@ -76,9 +76,9 @@ class StoredRefcounts:
         """How many refcount blocks there are, however often the table names each."""
         if len(self._known) <= _FEW:
             return len({refcount_block_offset(self.table[index]) for index in self._known})
-        from .wrong import distinct_blocks
+        from .wrong import distinct
 
-        return distinct_blocks(self.table)
+        return distinct(self.table, REFCOUNT_BLOCK_MASK).size
 
     def block(self, index: int) -> bytes | None:
         """The bytes of a refcount block: zeroes where there is none; None if it cannot be read."""

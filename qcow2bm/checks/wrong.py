@@ -162,10 +162,12 @@ def first_inside(table: array[int], size: int) -> Iterator[tuple[int, int]]:
     yield from zip(offsets[inside].tolist(), first[inside].tolist(), strict=True)
 
 
-def distinct_blocks(table: array[int]) -> int:
-    """How many refcount blocks a table names."""
-    offsets = np.unique(words(table) & np.uint64(REFCOUNT_BLOCK_MASK))
-    return int(np.count_nonzero(offsets))
+def distinct(table: array[int], mask: int) -> Words:
+    """The offsets that the entries of a table name, each once and in order; `mask` has the bits of an offset."""
+    offsets = words(table) & np.uint64(mask)
+    offsets.sort()
+    named: Words = offsets[np.diff(offsets, prepend=np.uint64(0)) != 0]
+    return named
 
 
 def _has(entries: Words, bits: int) -> Mask:

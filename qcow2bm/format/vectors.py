@@ -106,10 +106,14 @@ def _weighed(l1_tables: Iterable[tuple[array[int], bool]]) -> tuple[Words, Clust
     active, others = _Weights(), _Weights()
     for table, is_active in l1_tables:
         (active if is_active else others).add(np.frombuffer(table, np.uint64))
+    if not others.offsets().size:
+        return active.offsets(), active.of(active.offsets()), 1
     offsets, _ = _counted(np.concatenate([active.offsets(), others.offsets()]))
     keys = others.of(offsets)
     base = int(keys.max(initial=0)) + 1
-    keys += active.of(offsets) * base
+    weights = active.of(offsets)
+    weights *= base
+    keys += weights
     return offsets, keys, base
 
 
@@ -163,9 +167,13 @@ class NamedTables:
 def _counted(values: Words) -> tuple[Words, Clusters]:
     """The distinct values, sorted, and how often each is there; `values` is sorted in place."""
     values.sort()
-    ends = np.flatnonzero(values[1:] != values[:-1]) + 1
-    starts = np.concatenate([np.zeros(min(1, values.size), np.int64), ends])
-    return values[starts], np.diff(starts, append=values.size)
+    new = np.ones(values.size, np.bool_)
+    np.not_equal(values[1:], values[:-1], out=new[1:])
+    starts = np.flatnonzero(new)
+    times = np.full_like(starts, values.size)
+    times[:-1] = starts[1:]
+    times -= starts
+    return values[starts], times
 
 
 class _Weights:

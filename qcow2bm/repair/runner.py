@@ -76,6 +76,7 @@ def work_out(
     if done:
         _clear_unknown_autoclear(shop, done)
     plan = shop.plan([step.title for step in done])
+    shop.forget()
     after = check_file(overlay, limit=DEFAULT_LIMIT, progress=progress) if plan else before
     _require_better(before, after)
     return RepairPlan(before, after, tuple(done), tuple(refused), plan)

@@ -101,6 +101,7 @@ class Workshop:
         """All findings of a check of the image as it is now, by code; there is only one check of each state."""
         if not self._is_stale:
             return self._findings
+        self.forget()
         inspection = inspect(self.file, locked=True, progress=self.progress)
         named = 0
         found: dict[str, list[Finding]] = defaultdict(list)
@@ -126,6 +127,10 @@ class Workshop:
         self._too_many = named > _MOST_NAMED
         self._seen, self._findings, self._is_stale = inspection.view, dict(found), False
         return self._findings
+
+    def forget(self) -> None:
+        """Let go of what was seen, which can be large, until somebody looks again."""
+        self._seen, self._findings, self._is_stale = None, {}, True
 
     def found(self, *codes: str) -> list[Finding]:
         """The findings of these problems, in the order of the check for each."""

@@ -14,14 +14,22 @@ RUNS = st.tuples(st.integers(0, END - 1), st.integers(1, 40), st.integers(1, 3))
 )
 
 
-@given(runs=st.lists(RUNS, max_size=8), single=st.lists(st.integers(0, END - 1), max_size=8))
-def test_far_counters_are_what_near_ones_would_be(runs: list[tuple[int, int, int]], single: list[int]) -> None:
+@given(
+    runs=st.lists(RUNS, max_size=8),
+    single=st.lists(st.integers(0, END - 1), max_size=8),
+    weights=st.lists(st.integers(1, 3), max_size=3),
+)
+def test_far_counters_are_what_near_ones_would_be(
+    runs: list[tuple[int, int, int]], single: list[int], weights: list[int]
+) -> None:
     counters, expected = Counters(NEAR), np.zeros(END, np.uint64)
     for first, stop, weight in runs:
         counters.add_run(first, stop, weight)
         expected[first:stop] += np.uint64(weight)
-    counters.add_each(np.array(single, np.int64), 2)
-    np.add.at(expected, single, np.uint64(2))
+    for weight in weights:
+        counters.add_each(np.array(single, np.int64), weight)
+        np.add.at(expected, single, np.uint64(weight))
+        counters.at(np.arange(NEAR, END))  # which puts what came so far in order
     every = np.arange(END)
     assert counters.at(every).tolist() == expected.tolist()
     for first in range(0, END, 7):
@@ -29,4 +37,5 @@ def test_far_counters_are_what_near_ones_would_be(runs: list[tuple[int, int, int
         part = counters.slice(first, stop)
         assert (part.tolist() if part is not None else [0] * (stop - first)) == expected[first:stop].tolist()
         assert counters.any_of(every[first:stop]) == bool(expected[first:stop].any())
-    assert counters.far_blocks(10) == {int(place) // 10 for place in np.flatnonzero(expected) if place >= NEAR}
+    blocks = {int(place) // 10 for place in np.flatnonzero(expected) if place >= NEAR}
+    assert set(counters.far_blocks(10).tolist()) == blocks

@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 
+from ...checks.plain import PLAIN_ENTRIES
 from ...checks.view import Root, View
-from ...format.entries import l1_offset, refcount_block_offset
+from ...format.entries import OFFSET_MASK, REFCOUNT_BLOCK_MASK
 from ...format.header import INCOMPATIBLE_FIELD, REFCOUNT_TABLE_FIELDS, Incompatible
 from ...format.snapshot_table import SnapshotEntry
 from ...image.overlay import OverlayFile
@@ -162,21 +163,26 @@ class Node:
         if self._l2_tables is None:
             header = self.view.header
             entries = self.view.read_l1(Root(header.l1_table_offset, header.l1_size))
-            self._l2_tables = _Places(map(l1_offset, entries), self.geometry.cluster_size)
+            self._l2_tables = _Places(entries, OFFSET_MASK, self.geometry.cluster_size)
         return self._l2_tables
 
     def _refcount_blocks(self) -> _Places:
         if self._blocks is None:
-            self._blocks = _Places(map(refcount_block_offset, self.table), self.geometry.cluster_size)
+            self._blocks = _Places(self.table, REFCOUNT_BLOCK_MASK, self.geometry.cluster_size)
         return self._blocks
 
 
 class _Places:
-    """Where structures of one cluster each lie; 0 is nowhere."""
+    """Where the structures of one cluster each lie that a table names; `mask` has the bits of an offset in it."""
 
-    def __init__(self, offsets: Iterable[int], size: int) -> None:
-        self._offsets = array("Q", sorted({offset for offset in offsets if offset}))
+    def __init__(self, table: array[int], mask: int, size: int) -> None:
         self._size = size
+        if len(table) <= PLAIN_ENTRIES:
+            self._offsets = array("Q", sorted({entry & mask for entry in table if entry & mask}))
+        else:
+            from ...checks.wrong import distinct
+
+            self._offsets = array("Q", distinct(table, mask).tobytes())
 
     def touches(self, start: int, end: int) -> bool:
         """True if one of them is part of a range."""
