@@ -110,12 +110,13 @@ def _complete(shop: Workshop) -> None:
     """The fields that version 3 needs, as QEMU fills them in; an id of its own for each."""
     entries = []
     ids: set[bytes] = set()
-    taken = {entry.id for entry in _entries(shop)}
+    table, header = _entries(shop), shop.image.header
+    taken = {entry.id for entry in table}
     numbers = (number for number in count(1) if str(number).encode() not in taken)
-    for entry in _entries(shop):
+    for entry in table:
         fixed = entry
-        if shop.image.header.version >= 3 and len(entry.extra_data) < _EXTRA_FIELDS:
-            sizes = (entry.full_vm_state_size, shop.image.header.size)
+        if header.version >= 3 and len(entry.extra_data) < _EXTRA_FIELDS:
+            sizes = (entry.full_vm_state_size, header.size)
             fixed = replace(entry, extra_data=b"".join(size.to_bytes(8, "big") for size in sizes), padding=b"")
         if not entry.id or entry.id in ids:
             fixed = replace(fixed, id=str(next(numbers)).encode(), padding=b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...errors import CorruptImageError
+from ...format.geometry import div_up
 from ...format.snapshot_table import SnapshotEntry, parse_snapshots
 from ...format.text import decode_name
 from ..model import Finding, Location
@@ -36,25 +37,23 @@ def snapshot_table(view: View) -> Iterator[Finding]:
 
 def _entries(view: View) -> Iterator[Finding]:
     ids: set[bytes] = set()
+    extended = view.header.version >= 3
     for index, (offset, entry) in enumerate(view.snapshots):
-        where = Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
-        if view.header.version >= 3 and len(entry.extra_data) < _NEEDED:
+        if extended and len(entry.extra_data) < _NEEDED:
             text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
-            yield found("snapshot-incomplete", text, where, index=index)
+            yield found("snapshot-incomplete", text, _place(index, offset, entry), index=index)
         if offset >= view.file.size:
             continue  # all zeroes
         if not entry.id or entry.id in ids:
             text = f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
-            yield found("snapshot-id", text, where)
+            yield found("snapshot-id", text, _place(index, offset, entry))
         ids.add(entry.id)
-        yield from _too_small(view, entry, where)
+        size = entry.virtual_size
+        needed = 0 if size is None or size >= 1 << 63 else div_up(size, view.geometry.l2_span)
+        if entry.l1_size < needed:
+            text = f"its L1 table has {entry.l1_size} entries, its disk of {size} bytes needs {needed}"
+            yield found("snapshot-l1-too-small", text, _place(index, offset, entry))
 
 
-def _too_small(view: View, entry: SnapshotEntry, where: Location) -> Iterator[Finding]:
-    size = entry.virtual_size
-    if size is None or size >= 1 << 63:
-        return
-    needed = -(-size // view.geometry.l2_span)
-    if entry.l1_size < needed:
-        text = f"its L1 table has {entry.l1_size} entries, its disk of {size} bytes needs {needed}"
-        yield found("snapshot-l1-too-small", text, where)
+def _place(index: int, offset: int, entry: SnapshotEntry) -> Location:
+    return Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
