@@ -103,13 +103,16 @@ def check_file(
     """As `check`, of a file that is open, or of one as it would be."""
     tally = Tally(limit)
     inspection = inspect(file, locked=locked, told=None if limit is None else max(limit, TOLD), progress=progress)
-    for finding in chain(inspection.early, inspection.findings(OPENING)):
+    for finding in inspection.everything():
         tally.add(finding)
-    view = inspection.view
-    if view is None or UNKNOWN_INCOMPATIBLE in tally.counts:  # nobody here knows what the rest means
+    return report_on(inspection, tally, owners=owners)
+
+
+def report_on(inspection: Inspection, tally: Tally, *, owners: bool = False) -> Report:
+    """What a check says that has come to its end, and whose findings are all in `tally`."""
+    view, locked = inspection.view, inspection.locked
+    if view is None or UNKNOWN_INCOMPATIBLE in tally.counts:
         return _report(tally, complete=False, locked=locked, allocation=Allocation())
-    for finding in inspection.findings(CHECKING + BEYOND):
-        tally.add(finding)
     _name_owners(view, tally, everything=owners)
     return _report(tally, complete=view.complete, locked=locked, allocation=_allocation(view))
 
@@ -129,6 +132,15 @@ class Inspection:
     header: Header
     early: tuple[Finding, ...] = ()
     view: View | None = None
+
+    def everything(self) -> Iterator[Finding]:
+        """All findings of a check."""
+        known = True
+        for finding in chain(self.early, self.findings(OPENING)):
+            known = known and finding.code != UNKNOWN_INCOMPATIBLE
+            yield finding
+        if known:  # else nobody here knows what the rest means
+            yield from self.findings(CHECKING + BEYOND)
 
     def findings(self, passes: Passes) -> Iterator[Finding]:
         """Run passes, one after the other, as their findings are asked for."""

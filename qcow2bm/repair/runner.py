@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 from ..bitmap.quarantine import doubted
 from ..checks.model import RepairClass, Report, Severity
-from ..checks.runner import DEFAULT_LIMIT, check_file
 from ..checks.view import Progress
 from ..errors import ProofError, Qcow2bmError
 from ..image.file import ImageFile
@@ -58,8 +57,8 @@ def work_out(
         NotQcow2Error, UnsupportedImageError: it is no image that can be judged.
         ImageIOError: the operating system refused.
     """
-    before = check_file(overlay.base, limit=DEFAULT_LIMIT, progress=progress)
     shop = Workshop(overlay, policy, progress)
+    before = shop.report()
     if not shop.is_readable:
         return RepairPlan(before, before, (), (), _nothing(overlay.base))
     done, refused = _go_through(shop, _asked_once(ask))
@@ -76,8 +75,7 @@ def work_out(
     if done:
         _clear_unknown_autoclear(shop, done)
     plan = shop.plan([step.title for step in done])
-    shop.forget()
-    after = check_file(overlay, limit=DEFAULT_LIMIT, progress=progress) if plan else before
+    after = shop.report() if plan else before
     _require_better(before, after)
     return RepairPlan(before, after, tuple(done), tuple(refused), plan)
 

@@ -6,23 +6,22 @@ disk, so no step needs to know what another did.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from typing import NamedTuple
 
-from ..checks.model import Finding, RepairClass
-from ..checks.runner import BEYOND, CHECKING, OPENING, inspect
+from ..checks.model import Finding, RepairClass, Report, Tally
+from ..checks.runner import DEFAULT_LIMIT, Inspection, inspect, report_on
 from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
 from ..format.header import UNKNOWN_INCOMPATIBLE
 from ..image.image import Qcow2Image
 from ..image.overlay import Mark, OverlayFile
 from ..image.plan import Kept, Plan
-from .folded import named_outside
 from .model import Patch, RepairPolicy, Step
+from .outside import MOST_FOLDED, Outside
 from .salvage import Salvaged
+from .spans import Spans
 
 _SEARCHED = 1 << 12
 """Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
@@ -32,10 +31,6 @@ _SPARE = 1 << 12
 """Clusters beside twice the disk's that a file may grow to: damage that asks for more is no reason to fill a disk."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
 """The problems of clusters with more uses than one."""
-_NAMING_OUTSIDE = ("l2-outside", "data-outside", "compressed-outside", "bitmap-data-outside")
-"""The problems of entries of which a check folds very many, and that name something where nothing else may lie."""
-_MOST_NAMED = 1 << 16
-"""Entries of folded findings up to which that is worked out: at every look, and each for itself."""
 _MOST_FINDINGS = 1 << 18
 """Findings of a problem that one round of steps mends; there may be more rounds."""
 _SHOWN = 32
@@ -87,10 +82,11 @@ class Workshop:
         self._step: Step | None = None
         self._mark: _Before | None = None
         self._first: Qcow2Image | None = None
-        self._seen: View | None = None
+        self._inspection: Inspection | None = None
+        self._tally = Tally(DEFAULT_LIMIT)
         self._is_stale = True
         self._findings: dict[str, list[Finding]] = {}
-        self._shared = self._dangling = _Spans()
+        self._shared = self._outside = Spans()
         self._too_many = False
         self._searched = 0
         self._end = 0
@@ -103,34 +99,33 @@ class Workshop:
             return self._findings
         self.forget()
         inspection = inspect(self.file, locked=True, progress=self.progress)
-        named = 0
+        tally, outside = Tally(DEFAULT_LIMIT), Outside()
         found: dict[str, list[Finding]] = defaultdict(list)
-        dangling = _Spans()
-        for finding in chain(inspection.early, inspection.findings(OPENING)):
-            found[finding.code].append(finding)
+        for finding in inspection.everything():
+            tally.add(finding)
+            if inspection.view is not None:
+                outside.add(finding, inspection.view)
+            if len(found[finding.code]) < _MOST_FINDINGS:
+                found[finding.code].append(finding)
         if inspection.view is not None and UNKNOWN_INCOMPATIBLE not in found:
-            size = inspection.view.geometry.cluster_size
-            for finding in inspection.findings(CHECKING + BEYOND):
-                if finding.folded and finding.code in _NAMING_OUTSIDE:
-                    named += finding.count
-                    for span in named_outside(inspection.view, finding) if named <= _MOST_NAMED else ():
-                        dangling.add(*span)
-                elif finding.code.endswith("-outside") and not finding.folded:
-                    start = finding.values["offset"]
-                    dangling.add(start // size, (start + finding.values.get("size", size) - 1) // size + 1)
-                if len(found[finding.code]) < _MOST_FINDINGS:
-                    found[finding.code].append(finding)
-            self._dangling, self._shared = dangling.sorted(), _shared(found)
+            self._outside, self._shared = outside.sorted(), _shared(found)
+            self._too_many = outside.too_many
             self.blind = self.blind or inspection.view.blind
             self.doubtful = self.doubtful or inspection.view.leak_doubt is not None
             self._first = self._first or inspection.view.image
-        self._too_many = named > _MOST_NAMED
-        self._seen, self._findings, self._is_stale = inspection.view, dict(found), False
+        self._inspection, self._tally = inspection, tally
+        self._findings, self._is_stale = dict(found), False
         return self._findings
+
+    def report(self) -> Report:
+        """What a check says of the image as it is now."""
+        self.look()
+        assert self._inspection is not None
+        return report_on(self._inspection, self._tally)
 
     def forget(self) -> None:
         """Let go of what was seen, which can be large, until somebody looks again."""
-        self._seen, self._findings, self._is_stale = None, {}, True
+        self._inspection, self._findings, self._is_stale = None, {}, True
 
     def found(self, *codes: str) -> list[Finding]:
         """The findings of these problems, in the order of the check for each."""
@@ -140,20 +135,23 @@ class Workshop:
     @property
     def is_readable(self) -> bool:
         """False if the header is beyond reading, or says that nobody here knows the format."""
-        return UNKNOWN_INCOMPATIBLE not in self.look() and self._seen is not None
+        return UNKNOWN_INCOMPATIBLE not in self.look() and self._view is not None
 
     @property
     def view(self) -> View:
         """What a check of the image as it is now sees. Only for an image whose header can be read."""
         self.look()
-        assert self._seen is not None, "nothing is repaired in an image without a readable header"
-        return self._seen
+        return self.seen
 
     @property
     def seen(self) -> View:
         """What the last look saw, which what has been written since does not change."""
-        assert self._seen is not None
-        return self._seen
+        assert self._view is not None, "nothing is repaired in an image without a readable header"
+        return self._view
+
+    @property
+    def _view(self) -> View | None:
+        return None if self._inspection is None else self._inspection.view
 
     def owns(self, offset: int) -> bool:
         """False if the last look saw two uses of this cluster that must not share one: nobody may write there."""
@@ -308,10 +306,9 @@ class Workshop:
         used = max(geometry.clusters(view.allocation.image_end_offset), self._end)
         first = used if self.file.is_device else max(used, geometry.clusters(self.file.size))
         if self._too_many:
-            text = f"more than {_MOST_NAMED} damaged entries name something behind the end of the file"
+            text = f"more than {MOST_FOLDED} damaged entries name something behind the end of the file"
             raise NoSpaceError(text, hint="allow to give them up")
-        # What an entry names past the end of the file reads as zeroes: nothing else may come to lie there.
-        while (stop := self._dangling.first_stop(first, first + count)) is not None:
+        while (stop := self._outside.first_stop(first, first + count)) is not None:
             first = stop
         # By the file as it was: measured by what it has become, there would be no end.
         most = 2 * geometry.clusters(geometry.virtual_size) + geometry.clusters(self.file.base.size) + _SPARE
@@ -339,44 +336,9 @@ class Workshop:
         return self.file.plan(self._first, self.taken, tuple(summary), tuple(self.kept))
 
 
-class _Spans:
-    """Ranges of clusters."""
-
-    def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
-        self._spans = list(spans)
-
-    def add(self, start: int, stop: int) -> None:
-        """Add a range; neighbours that come in order are one."""
-        if self._spans and self._spans[-1][1] == start:
-            start = self._spans.pop()[0]
-        self._spans.append((start, stop))
-
-    def sorted(self) -> _Spans:
-        """In order, without overlaps."""
-        joined: list[tuple[int, int]] = []
-        for start, stop in sorted(self._spans):
-            if joined and start <= joined[-1][1]:
-                joined[-1] = joined[-1][0], max(stop, joined[-1][1])
-            else:
-                joined.append((start, stop))
-        return _Spans(joined)
-
-    def stop_of(self, cluster: int) -> int | None:
-        """Where the range ends that holds a cluster, None if none does; of sorted ranges."""
-        return self.first_stop(cluster, cluster + 1)
-
-    def first_stop(self, start: int, stop: int) -> int | None:
-        """Where the first range ends that overlaps this one; of sorted ranges."""
-        place = bisect_right(self._spans, (start, 1 << 64))
-        for first, end in self._spans[max(0, place - 1) : place + 1]:
-            if first < stop and start < end:
-                return end
-        return None
-
-
-def _shared(found: dict[str, list[Finding]]) -> _Spans:
+def _shared(found: dict[str, list[Finding]]) -> Spans:
     findings = (finding for code in SHARED for finding in found.get(code, ()))
-    return _Spans((f.values["first"], f.values["first"] + f.count) for f in findings).sorted()
+    return Spans((f.values["first"], f.values["first"] + f.count) for f in findings).sorted()
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
