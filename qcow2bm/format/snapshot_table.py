@@ -29,8 +29,11 @@ ENTRY_STRUCT = Struct(
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
 _NAMES = [part.name or "" for part in ENTRY_STRUCT.subcons]
-_QUICK = struct.Struct(">" + "".join({8: "Q", 4: "I", 2: "H", 1: "B"}[part.sizeof()] for part in ENTRY_STRUCT.subcons))
-"""The same for reading: there may be tens of thousands of entries."""
+_CODES = {8: "Q", 4: "I", 2: "H"}
+FIXED_FIELDS = struct.Struct(">" + "".join(_CODES[part.sizeof()] for part in ENTRY_STRUCT.subcons))
+"""The same, quicker: there may be tens of thousands of entries."""
+NEEDED_EXTRA_DATA = 16
+"""Bytes of extra data that version 3 needs: VM state size and disk size."""
 MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_SNAPSHOT_EXTRA_DATA + 2 * 0xFFFF, 8)
 
 
@@ -66,10 +69,10 @@ class SnapshotEntry:
 
     def build(self) -> bytes:
         """The entry's bytes, padded with what was there or with zeroes."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        head: bytes = ENTRY_STRUCT.build(
-            fields | {"id_size": len(self.id), "name_size": len(self.name), "extra_data_size": len(self.extra_data)}
-        )
+        head = FIXED_FIELDS.pack(
+            self.l1_table_offset, self.l1_size, len(self.id), len(self.name), self.date_sec, self.date_nsec,
+            self.vm_clock_nsec, self.vm_state_size, len(self.extra_data),
+        )  # fmt: skip
         body = head + self.extra_data + self.id + self.name
         return body + (self.padding or bytes(-len(body) % 8))
 
@@ -82,7 +85,7 @@ def parse_snapshot(data: bytes, offset: int = 0) -> SnapshotEntry:
     """
     if offset + FIXED_LENGTH > len(data):
         raise _truncated(offset)
-    head = dict(zip(_NAMES, _QUICK.unpack_from(data, offset), strict=True))
+    head = dict(zip(_NAMES, FIXED_FIELDS.unpack_from(data, offset), strict=True))
     extra, id_size, name_size = head.pop("extra_data_size"), head.pop("id_size"), head.pop("name_size")
     if extra > MAX_SNAPSHOT_EXTRA_DATA:
         text = f"a snapshot has {extra} bytes of extra data, above {MAX_SNAPSHOT_EXTRA_DATA}"

@@ -13,19 +13,18 @@ from functools import partial
 from itertools import count
 
 from ..checks.model import Finding, RepairClass
+from ..checks.passes.snapshots import with_too_small_tables
 from ..errors import CorruptImageError
 from ..format.geometry import round_up
 from ..format.header import SNAPSHOT_FIELDS
 from ..format.limits import MAX_SNAPSHOT_EXTRA_DATA
-from ..format.snapshot_table import ENTRY_STRUCT, FIXED_LENGTH, SnapshotEntry, parse_snapshot
+from ..format.snapshot_table import ENTRY_STRUCT, FIXED_LENGTH, NEEDED_EXTRA_DATA, SnapshotEntry, parse_snapshot
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
 
 _ALL_LOST = ("snapshot-table-offset", "snapshot-table-outside", "data-file-snapshots", "snapshot-count")
 _TABLE_ENDS = ("snapshot-table-size", "snapshot-extra-data-size")
 _ONE_LOST = ("snapshot-l1-unaligned", "snapshot-l1-size", "snapshot-l1-too-small", "snapshot-l1-outside")
-_EXTRA_FIELDS = 16
-"""Bytes of extra data that version 3 needs: VM state size and disk size."""
 
 
 def snapshots(shop: Workshop) -> Iterator[Proposal]:
@@ -59,8 +58,9 @@ def _indices(shop: Workshop, found: list[Finding]) -> set[int]:
     A finding about an L1 table says where that is, one about the entry itself where the entry is.
     """
     view = shop.view
+    too_small = set(with_too_small_tables(view)) if any(finding.folded for finding in found) else set()
     wanted = {(finding.location.snapshot, finding.location.host_offset) for finding in found}
-    return {
+    return too_small | {
         index
         for index, ((place, entry), root) in enumerate(zip(view.snapshots, view.roots[1:], strict=False))
         if not wanted.isdisjoint({(root.name, place), (root.name, entry.l1_table_offset)})
@@ -115,7 +115,7 @@ def _complete(shop: Workshop) -> None:
     numbers = (number for number in count(1) if str(number).encode() not in taken)
     for entry in table:
         fixed = entry
-        if header.version >= 3 and len(entry.extra_data) < _EXTRA_FIELDS:
+        if header.version >= 3 and len(entry.extra_data) < NEEDED_EXTRA_DATA:
             sizes = (entry.full_vm_state_size, header.size)
             fixed = replace(entry, extra_data=b"".join(size.to_bytes(8, "big") for size in sizes), padding=b"")
         if not entry.id or entry.id in ids:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from qcow2bm.__main__ import main
 from qcow2bm.checks import runner, view, walk
 from qcow2bm.checks.passes import copied
+from qcow2bm.format.snapshot_table import parse_snapshots
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import OFFSET, Raw
 
@@ -51,6 +54,15 @@ def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         qemu_img("bitmap", "--add", "-g", "512", path.name, "a", cwd=folder)
         qemu_img("bitmap", "--add", path.name, "b", cwd=folder)
         qemu_io(path, "write -P 3 1M 64k")
+    return path, path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def with_a_snapshot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = tmp_path_factory.mktemp("snapshot") / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "64M")
+    qemu_io(path, "write -P 1 0 64k")
+    qemu_img("snapshot", "-c", "first", path)
     return path, path.read_bytes()
 
 
@@ -109,4 +121,40 @@ def test_a_table_is_mended_as_a_whole_as_it_is_entry_by_entry(
         with in_bulk(), patch.dict(runner.inspect.__kwdefaults__, {"told": told}):
             assert main(["repair", str(path), "--yes", "--allow", "guess", "--no-undo"]) in (0, 2, 3)
         repaired.append((runner.check(path).counts, path.read_bytes()))
+    assert repaired[0] == repaired[1]
+
+
+SNAPSHOTS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": st.sampled_from([b"", b"1", b"2", b"x"]),
+            "extra_data": st.sampled_from([b"", bytes(15), bytes(16), struct.pack(">QQ", 0, 64 << 20)]),
+            "l1_size": st.sampled_from([0, 1]),
+        }
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=_EXAMPLES // 10)
+@given(damaged=SNAPSHOTS)
+def test_snapshots_are_counted_and_mended_alike_told_one_by_one_or_not(
+    with_a_snapshot: tuple[Path, bytes], damaged: list[dict[str, Any]]
+) -> None:
+    path, data = with_a_snapshot
+    raw = Raw(data)
+    ((_, entry),) = parse_snapshots(lambda at, length: data[at : at + length], raw.number(64), 1)
+    table = b"".join(replace(entry, padding=b"", **changes).build() for changes in damaged)
+    raw.data[raw.number(64) : raw.number(64) + len(table)] = table
+    raw.data[60:64] = struct.pack(">I", len(damaged))
+    every, repaired = [], []
+    for told in (None, 0):
+        raw.save(path)
+        with patch.object(runner, "TOLD", 0):
+            every.append(runner.check(path, limit=told).counts)
+        with patch.dict(runner.inspect.__kwdefaults__, {"told": told}):
+            assert main(["repair", str(path), "--yes", "--allow", "guess", "--no-undo"]) in (0, 2, 3)
+        repaired.append((runner.check(path).counts, path.read_bytes()))
+    assert every[0] == every[1]
     assert repaired[0] == repaired[1]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from ...errors import CorruptImageError
 from ...format.geometry import div_up
-from ...format.snapshot_table import SnapshotEntry, parse_snapshots
+from ...format.snapshot_table import NEEDED_EXTRA_DATA, SnapshotEntry, parse_snapshots
 from ...format.text import decode_name
 from ..model import Finding, Location
 from ..problems import found, from_fault
 from ..view import View, snapshot_name, unreadable
-
-_NEEDED = 16
-"""Bytes of extra data that version 3 needs: VM state size and disk size."""
 
 
 def snapshot_table(view: View) -> Iterator[Finding]:
@@ -32,28 +30,61 @@ def snapshot_table(view: View) -> Iterator[Finding]:
         place = Location("snapshot table", header.snapshots_offset, index)
         finding = from_fault(unreadable(error), place)
         yield found(finding.code, finding.message, place, index=index, left=header.nb_snapshots - index)
-    yield from _entries(view)
+    yield from incomplete(view)
+    yield from _told(view, "snapshot-id", _same_ids(view), _id_text)
+    yield from _told(view, "snapshot-l1-too-small", with_too_small_tables(view), _size_text)
 
 
-def _entries(view: View) -> Iterator[Finding]:
+def incomplete(view: View) -> Iterator[Finding]:
+    """Entries without the extra data that version 3 needs."""
+    entries = enumerate(view.snapshots) if view.header.version >= 3 else ()
+    poor = (index for index, (_, entry) in entries if len(entry.extra_data) < NEEDED_EXTRA_DATA)
+    yield from _told(view, "snapshot-incomplete", poor, _extra_text)
+
+
+def _same_ids(view: View) -> Iterator[int]:
+    """Places of the entries without an id, or with that of another."""
     ids: set[bytes] = set()
-    extended = view.header.version >= 3
     for index, (offset, entry) in enumerate(view.snapshots):
-        if extended and len(entry.extra_data) < _NEEDED:
-            text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
-            yield found("snapshot-incomplete", text, _place(index, offset, entry), index=index)
         if offset >= view.file.size:
-            continue  # all zeroes
+            return  # all zeroes
         if not entry.id or entry.id in ids:
-            text = f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
-            yield found("snapshot-id", text, _place(index, offset, entry))
+            yield index
         ids.add(entry.id)
+
+
+def with_too_small_tables(view: View) -> Iterator[int]:
+    """Places of the entries whose L1 table has less than their disk needs."""
+    for index, (offset, entry) in enumerate(view.snapshots):
+        if offset >= view.file.size:
+            return  # all zeroes
         size = entry.virtual_size
-        needed = 0 if size is None or size >= 1 << 63 else div_up(size, view.geometry.l2_span)
-        if entry.l1_size < needed:
-            text = f"its L1 table has {entry.l1_size} entries, its disk of {size} bytes needs {needed}"
-            yield found("snapshot-l1-too-small", text, _place(index, offset, entry))
+        if size is not None and size < 1 << 63 and entry.l1_size < div_up(size, view.geometry.l2_span):
+            yield index
 
 
-def _place(index: int, offset: int, entry: SnapshotEntry) -> Location:
-    return Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
+def _extra_text(index: int, entry: SnapshotEntry) -> str:
+    return f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {NEEDED_EXTRA_DATA}"
+
+
+def _id_text(index: int, entry: SnapshotEntry) -> str:
+    return f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
+
+
+def _size_text(_: int, entry: SnapshotEntry) -> str:
+    return f"its L1 table has {entry.l1_size} entries, its disk of {entry.virtual_size} bytes needs more"
+
+
+def _told(view: View, code: str, indices: Iterable[int], say: Callable[[int, SnapshotEntry], str]) -> Iterator[Finding]:
+    """The problem of some entries: those that are told one by one, and the rest as one."""
+    first = rest = 0
+    for index in indices:
+        offset, entry = view.snapshots[index]
+        if view.telling.take(code, 1):
+            where = Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
+            yield found(code, say(index, entry), where, index=index)
+        else:
+            first, rest = (first if rest else index), rest + 1
+    if rest:
+        where = Location("snapshot table", view.snapshots[first][0], first)
+        yield replace(found(code, f"{rest} more snapshots are like this", where, count=rest), folded=True)

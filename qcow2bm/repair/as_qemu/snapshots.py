@@ -8,28 +8,23 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from dataclasses import replace
-from struct import Struct
 
 from ...checks.model import Finding, InQemu, Location
-from ...checks.passes.snapshots import snapshot_table
+from ...checks.passes.snapshots import incomplete, snapshot_table
 from ...checks.problems import found
-from ...checks.view import View, snapshot_name
+from ...checks.view import View
 from ...format.geometry import round_up
 from ...format.header import SNAPSHOT_FIELDS
 from ...format.limits import MAX_SNAPSHOT_EXTRA_DATA, MAX_SNAPSHOT_TABLE_BYTES, MAX_SNAPSHOTS
-from ...format.snapshot_table import FIXED_LENGTH, SnapshotEntry
+from ...format.snapshot_table import FIXED_FIELDS, FIXED_LENGTH, SnapshotEntry
 from ...image.file import ImageFile
 from .allocation import allocate, free
 from .blocks import RefcountBlocks
 from .model import Counts, Event, GivenUpError, Mode, Notice
 from .node import Node
 
-_HEAD = Struct(">QIHHIIQII")
-"""The fixed part of an entry, as `ENTRY_STRUCT` has it: here tables of 65536 entries are read and written."""
 _WINDOW = 1 << 19
 _INT_MAX = (1 << 31) - 1
-_NEEDED = 16
-"""Bytes of extra data that version 3 needs: VM state size and disk size."""
 _KNOWN = 24
 """Bytes of extra data that QEMU writes at least: those two, and the instruction count."""
 
@@ -74,13 +69,9 @@ def _read_anyway(node: Node, counts: Counts) -> Iterator[Event]:
     if dropped:
         counts.corruptions_fixed += dropped
         node.file.write_at(SNAPSHOT_FIELDS, len(view.snapshots).to_bytes(4, "big"))
-    if header.version >= 3:
-        for index, (offset, entry) in enumerate(view.snapshots):
-            if len(entry.extra_data) < _NEEDED:
-                where = Location("snapshot table", offset, index, snapshot=snapshot_name(entry))
-                text = f"snapshot {index} has {len(entry.extra_data)} bytes of extra data, version 3 needs {_NEEDED}"
-                counts.corruptions += 1
-                yield Event(found("snapshot-incomplete", text, where, index=index), mended=True)
+    for finding in incomplete(view):
+        counts.corruptions += 1
+        yield Event(finding, mended=True)
 
 
 def _entries(view: View, count: int, counts: Counts) -> Iterator[Event]:
@@ -119,22 +110,13 @@ class _Window:
 
 def _entry(window: _Window, at: int) -> tuple[SnapshotEntry, int, int]:
     """An entry with at most 1024 bytes of extra data, where it ends, and how much extra data it has."""
-    head = _HEAD.unpack(window.bytes(at, FIXED_LENGTH))
+    head = FIXED_FIELDS.unpack(window.bytes(at, FIXED_LENGTH))
     l1_table, l1_size, id_size, name_size, seconds, nanoseconds, clock, state_size, extra = head
     data = window.bytes(at + FIXED_LENGTH, min(extra, MAX_SNAPSHOT_EXTRA_DATA))
     names = window.bytes(at + FIXED_LENGTH + extra, id_size + name_size)
     times = seconds, nanoseconds, clock
     entry = SnapshotEntry(l1_table, l1_size, *times, state_size, data, names[:id_size], names[id_size:])
     return entry, at + FIXED_LENGTH + extra + len(names), extra
-
-
-def _built(entry: SnapshotEntry) -> bytes:
-    """As `SnapshotEntry.build`, of which there may be many thousands."""
-    head = _HEAD.pack(
-        entry.l1_table_offset, entry.l1_size, len(entry.id), len(entry.name), entry.date_sec, entry.date_nsec,
-        entry.vm_clock_nsec, entry.vm_state_size, len(entry.extra_data),
-    )  # fmt: skip
-    return (head + entry.extra_data + entry.id + entry.name).ljust(entry.size, b"\0")
 
 
 def rewrite(node: Node, blocks: RefcountBlocks, counts: Counts) -> Iterator[Event]:
@@ -156,7 +138,7 @@ def rewrite(node: Node, blocks: RefcountBlocks, counts: Counts) -> Iterator[Even
 def _rewrite(node: Node, blocks: RefcountBlocks) -> Iterator[Event]:
     disk_size = node.geometry.virtual_size & -512
     entries = [_completed(entry, disk_size) for entry in node.snapshots]
-    table = b"".join(map(_built, entries))
+    table = b"".join(map(SnapshotEntry.build, entries))
     length = len(table) - entries[-1].size + _unpadded(entries[-1]) if entries else 0
     if length > MAX_SNAPSHOT_TABLE_BYTES:
         raise GivenUpError(errno.EFBIG)
