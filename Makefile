@@ -39,7 +39,6 @@ fuzz: tools dev $(VENV)/.fuzzer ## 100,000 hostile images, guided fuzzing, and e
 	MATRIX=all DAMAGE_ROUNDS=20 REPAIR_ROUNDS=20 QCOW2BM_ROUNDS=20 $(BIN)/python -m pytest -n auto tests/interop
 
 crash: tools dev ## every command cut short, met by failing calls and killed; rewrites the figures in docs/reliability.md
-	@sh tests/install-tools.sh strace
 	$(BIN)/python -m tests.crash
 
 reliability: tools dev ## repair 600 damaged images beside qemu-img and rewrite docs/reliability.md

@@ -1,12 +1,11 @@
 #!/bin/sh
-# The QEMU programs the tests compare with: installs what is missing where it may (as root, or by sudo without a password),
-# else says what to install and fails. A skipped comparison would look like a passed one. Further tools may be named whose
-# packages are called as they are.
+# The QEMU programs that the tests compare with, and strace: installs what is missing where it may (as root, or by sudo
+# without a password), else says what to install and fails. A skipped comparison would look like a passed one.
 set -eu
 
-tools="qemu-img qemu-io qemu-nbd qemu-storage-daemon nbdinfo $*"
+tools="qemu-img qemu-io qemu-nbd qemu-storage-daemon nbdinfo strace"
 # qemu-system-common brings qemu-storage-daemon, libnbd-bin brings nbdinfo.
-packages="qemu-utils qemu-system-common libnbd-bin $*"
+packages="qemu-utils qemu-system-common libnbd-bin strace"
 
 missing() {
     for tool in $tools; do command -v "$tool" >/dev/null || printf ' %s' "$tool"; done
