@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -79,3 +82,48 @@ def require_granularity(granularity: int) -> None:
     bits = granularity.bit_length() - 1
     if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
         raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
+
+
+class Drafts:
+    """The drafts of an image's bitmaps, in directory order and by name. There may be tens of thousands.
+
+    QEMU takes no two bitmaps of one name, but a damaged directory may hold them.
+    """
+
+    def __init__(self, drafts: Iterable[Draft]) -> None:
+        self._at = dict(enumerate(drafts))
+        self._places: defaultdict[bytes, list[int]] = defaultdict(list)
+        for place, draft in self._at.items():
+            self._places[draft.name].append(place)
+        self._next = len(self._at)
+
+    def __iter__(self) -> Iterator[Draft]:
+        return iter(self._at.values())
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def find(self, name: bytes, *, last: bool = False) -> Draft | None:
+        """The first draft of a name, or the last; None if there is none."""
+        places = self._places.get(name)
+        return self._at[places[-1 if last else 0]] if places else None
+
+    def append(self, draft: Draft) -> None:
+        """Put a draft behind the others."""
+        self._at[self._next] = draft
+        self._places[draft.name].append(self._next)
+        self._next += 1
+
+    def remove_last(self, name: bytes) -> None:
+        """Take the last draft of a name out."""
+        del self._at[self._places[name].pop()]
+
+    def rename_first(self, old: bytes, new: bytes) -> None:
+        """Give the first draft of a name another one, and leave it in its place."""
+        place = self._places[old].pop(0)
+        self._at[place].name = new
+        insort(self._places[new], place)
+
+    def replace_first(self, draft: Draft) -> None:
+        """Put a draft in the place of the first of its name."""
+        self._at[self._places[draft.name][0]] = draft

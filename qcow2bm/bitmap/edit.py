@@ -35,7 +35,7 @@ from ..image.plan import Plan
 from .algebra import Grained, Ranges, combine, covering, marking, regrained
 from .bits import BitVector
 from .chunks import ONES, ZEROES, Op
-from .draft import Draft, Source, require_granularity
+from .draft import Draft, Drafts, Source, require_granularity
 from .store import BitmapDirectory, State, not_found, require_ready
 from .write import plan_changes
 
@@ -46,7 +46,7 @@ class Edit:
 
     image: Qcow2Image
     directory: BitmapDirectory
-    drafts: list[Draft] = field(default_factory=list)
+    drafts: Drafts
     summary: list[str] = field(default_factory=list)
 
     @classmethod
@@ -63,11 +63,11 @@ class Edit:
             )
         directory = BitmapDirectory(image)
         directory.require_undamaged()
-        drafts = [
+        drafts = (
             Draft(stored.entry.name, stored.entry.granularity_bits, stored.entry.flags, stored=stored)
             for stored in directory.bitmaps
-        ]
-        return cls(image, directory, drafts)
+        )
+        return cls(image, directory, Drafts(drafts))
 
     def names(self, *patterns: str) -> list[str]:
         """The names that match any of the shell-style patterns, in directory order.
@@ -116,19 +116,18 @@ class Edit:
         Raises BitmapNotFoundError for one that is not there.
         """
         for name in names:
-            self._find(name)
             # Of several with one name all but the first are broken: the last goes first.
-            draft = next(draft for draft in reversed(self.drafts) if draft.name == encode_name(name))
+            draft = self._find(name, last=True)
             if draft.stored is not None and draft.stored.state is State.ACTIVE:
                 draft.require_ready()
-            self.drafts.remove(draft)
+            self.drafts.remove_last(draft.name)
             self._note(f"remove '{name}'")
 
     def rename(self, old: str, new: str) -> None:
         """Give a bitmap another name; raises as `add` does for the new one."""
         draft = self._usable(old)
         self._require_new(new, draft.granularity)
-        draft.name = encode_name(new)
+        self.drafts.rename_first(draft.name, encode_name(new))
         self._note(f"rename '{old}' to '{new}'")
 
     def clear(self, *names: str) -> None:
@@ -275,17 +274,17 @@ class Edit:
         flags = BitmapFlag.AUTO if recording else BitmapFlag(0)
         new = Draft(raw, granularity.bit_length() - 1, flags, bits)
         # Of several with one name all but the first are broken, and the first is the one to salvage.
-        place = next((index for index, draft in enumerate(self.drafts) if draft.name == raw), None)
-        if place is None:
+        old = self.drafts.find(raw)
+        if old is None:
             self._require_new(name, granularity)
             self._append(name, granularity, bits, recording=recording)
         else:
-            stored = self.drafts[place].stored
+            stored = old.stored
             if stored is None or stored.state is State.READY:
                 raise BitmapError(f"bitmap '{name}' is in good order, there is nothing to salvage")
             if stored.state is State.ACTIVE:
                 require_ready(stored)
-            self.drafts[place] = new
+            self.drafts.replace_first(new)
         self._note(f"salvage '{name}'")
 
     def replace_bits(self, name: str, bits: BitVector) -> None:
@@ -317,7 +316,7 @@ class Edit:
                 hint="salvage the others too, or remove them",
             )
         try:
-            return plan_changes(self.image, self.directory, self.drafts, tuple(self.summary))
+            return plan_changes(self.image, self.directory, list(self.drafts), tuple(self.summary))
         except RecursionError:  # bits are made of bits that are made of bits
             text = "these are too many operations on one bitmap for one change"
             raise UsageError(text, hint="commit some of them first") from None
@@ -327,12 +326,11 @@ class Edit:
     def _note(self, line: str) -> None:
         self.summary.append(line)
 
-    def _find(self, name: str) -> Draft:
-        wanted = encode_name(name)
-        for draft in self.drafts:
-            if draft.name == wanted:
-                return draft
-        raise not_found(name)
+    def _find(self, name: str, *, last: bool = False) -> Draft:
+        draft = self.drafts.find(encode_name(name), last=last)
+        if draft is None:
+            raise not_found(name)
+        return draft
 
     def _usable(self, name: str) -> Draft:
         draft = self._find(name)
@@ -390,9 +388,11 @@ class Edit:
         if b"\0" in raw:
             raise UsageError("a bitmap's name cannot hold a zero byte")
         require_granularity(granularity)
-        if any(draft.name == raw for draft in self.drafts):
+        if self.drafts.find(raw) is not None:
             raise BitmapExistsError(f"there is a bitmap called '{name}' already")
-        if any(draft.stored is not None and draft.stored.state is State.DETACHED for draft in self.drafts):
+        if not self.directory.attached and any(
+            draft.stored is not None and draft.stored.state is State.DETACHED for draft in self.drafts
+        ):
             raise BitmapInconsistentError(
                 "its bitmaps are detached: a program that knows no bitmaps wrote to the image", hint="remove them first"
             )

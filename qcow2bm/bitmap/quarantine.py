@@ -15,7 +15,7 @@ from functools import cached_property
 from bitarray import bitarray
 
 from ..errors import BitmapBrokenError, CorruptImageError, Qcow2bmError
-from ..format.bitmap_directory import BitmapEntry, BitmapFlag, parse_entry
+from ..format.bitmap_directory import BitmapEntry, parse_entry
 from ..format.entries import BitmapTableEntry, bits_of_no_data, table_entries
 from ..format.geometry import Geometry
 from ..format.header import Autoclear, Header
@@ -210,7 +210,7 @@ def _read(kept: KeptBytes, header: Header | None, wanted: Kept, bare: Quarantine
         bare,
         name=decode_name(entry.name),
         granularity=entry.granularity,
-        recording=bool(entry.flags & BitmapFlag.AUTO),
+        recording=entry.recording,
     )
     if header is None:
         return replace(known, fault="the header of its image, which says how large clusters were, cannot be read")
@@ -224,7 +224,7 @@ def _read(kept: KeptBytes, header: Header | None, wanted: Kept, bare: Quarantine
 
 def _doubt(entry: BitmapEntry, header: Header) -> str | None:
     """Why the bits may be stale: they were then already."""
-    if entry.flags & BitmapFlag.IN_USE:
+    if entry.in_use:
         return "it was in use: its last writer did not close the image"
     if not header.autoclear_features & Autoclear.BITMAPS:
         return "it was detached: a program that knows no bitmaps had written to the image"

@@ -119,7 +119,7 @@ def bring_in(edit: Edit, bitmap: ExportedBitmap, policy: ImportPolicy, name: str
             hint="--stale imports it without recording; only a full backup makes up for what it lacks",
         )
     wanted = bitmap.name if name is None else name
-    there = any(draft.name == encode_name(wanted) for draft in edit.drafts)
+    there = edit.drafts.find(encode_name(wanted)) is not None
     if there and policy.merge:
         _merge(edit, bitmap, wanted, policy)
         return

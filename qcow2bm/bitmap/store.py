@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from array import array
 from collections.abc import Iterable, Iterator
 from enum import Enum
@@ -22,10 +21,10 @@ from ..errors import (
     CorruptImageError,
     TruncatedImageError,
 )
-from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, BitmapFlag, parse_directory
-from ..format.entries import ALL_ONES, OFFSET_MASK, BitmapTableEntry, bits_of_no_data, table_entries
+from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, parse_directory
+from ..format.entries import OFFSET_MASK, BitmapTableEntry, all_sound, table_entries
 from ..format.extensions import BitmapsExtension, Extension, ExtensionType
-from ..format.faults import Weight
+from ..format.faults import Fault, Weight
 from ..format.header import Autoclear
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS
 from ..format.text import decode_name, encode_name
@@ -98,7 +97,7 @@ class StoredBitmap:
     @property
     def recording(self) -> bool:
         """True if QEMU tracks writes in it (the auto flag)."""
-        return bool(self.entry.flags & BitmapFlag.AUTO)
+        return self.entry.recording
 
     @functools.cached_property
     def state(self) -> State:
@@ -107,7 +106,7 @@ class StoredBitmap:
             return State.BROKEN
         if not self._attached:
             return State.DETACHED
-        if not self.entry.flags & BitmapFlag.IN_USE:
+        if not self.entry.in_use:
             return State.READY
         # Our own write lock is not another's: with it held nobody else can be writing.
         return State.ACTIVE if lock.has_writer(self._image.file.fd) else State.INCONSISTENT
@@ -117,11 +116,15 @@ class StoredBitmap:
         """Why the bitmap is broken, or None."""
         if self._conflict is not None:
             return self._conflict
-        faults = self.entry.faults(self._image.geometry)
-        fault = next((fault for fault in faults if fault.weight is not Weight.MINOR), None)
+        fault = next((fault for fault in self.entry_faults if fault.weight is not Weight.MINOR), None)
         if fault is not None:
             return fault.message
         return self.table_fault
+
+    @functools.cached_property
+    def entry_faults(self) -> tuple[Fault, ...]:
+        """What is wrong with its directory entry as such."""
+        return tuple(self.entry.faults(self._image.geometry))
 
     @property
     def table_fault(self) -> str | None:
@@ -133,10 +136,8 @@ class StoredBitmap:
 
     def _table_fault(self) -> str | None:
         size = self._image.file.size
-        named = [value for value in self.table if value > ALL_ONES]
-        odd = functools.reduce(operator.or_, named, 0) & bits_of_no_data(self._image.geometry)
-        if not odd and max(named, default=0) < size:
-            return None  # which is told at once of very many
+        if all_sound(self.table, self._image.geometry, size):
+            return None
         for index, value in enumerate(self.table):
             if not value:
                 continue
@@ -181,7 +182,7 @@ class StoredBitmap:
             return False
         if len(self.table) == self._image.geometry.bitmap_table_entries(self.granularity):
             return False
-        faults = (fault for fault in self.entry.faults(self._image.geometry) if fault.weight is not Weight.MINOR)
+        faults = (fault for fault in self.entry_faults if fault.weight is not Weight.MINOR)
         return all(fault.code == "bitmap-table-size" for fault in faults)
 
     @property

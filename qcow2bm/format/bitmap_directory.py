@@ -6,7 +6,6 @@ rewritten in place only where one disk sector holds all that differs, so that it
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
@@ -21,6 +20,7 @@ from .limits import (
     MAX_GRANULARITY_BITS,
     MIN_GRANULARITY_BITS,
 )
+from .quick import quick
 
 DIRTY_TRACKING = 1
 """The one bitmap type the specification knows."""
@@ -34,6 +34,10 @@ class BitmapFlag(IntFlag):
     EXTRA_DATA_COMPATIBLE = 1 << 2
 
 
+_IN_USE, _AUTO, _COMPATIBLE = map(int, BitmapFlag)
+_UNKNOWN = ~(_IN_USE | _AUTO | _COMPATIBLE)
+
+
 ENTRY_STRUCT = Struct(
     "bitmap_table_offset" / Int64ub,
     "bitmap_table_size" / Int32ub,
@@ -45,8 +49,7 @@ ENTRY_STRUCT = Struct(
 )
 FIXED_LENGTH = ENTRY_STRUCT.sizeof()
 _NAMES = [part.name or "" for part in ENTRY_STRUCT.subcons]
-_QUICK = struct.Struct(">" + "".join({8: "Q", 4: "I", 2: "H", 1: "B"}[part.sizeof()] for part in ENTRY_STRUCT.subcons))
-"""The same for reading: there may be tens of thousands of entries."""
+_FIELDS = quick(ENTRY_STRUCT)
 MAX_ENTRY_LENGTH = round_up(FIXED_LENGTH + MAX_BITMAP_NAME, 8)
 """Bytes of the longest entry without extra data."""
 
@@ -73,23 +76,26 @@ class BitmapEntry:
         return 1 << self.granularity_bits
 
     @property
+    def in_use(self) -> bool:
+        """True if its bits may be stale: QEMU was, or is, at work with it."""
+        return bool(int(self.flags) & _IN_USE)  # plain numbers are far quicker, and there may be tens of thousands
+
+    @property
+    def recording(self) -> bool:
+        """True if QEMU tracks writes in it."""
+        return bool(int(self.flags) & _AUTO)
+
+    @property
     def size(self) -> int:
         """Bytes of the entry in the directory, padding included."""
         return round_up(FIXED_LENGTH + len(self.extra_data) + len(self.name), 8)
 
     def build(self) -> bytes:
         """The entry's bytes, padded with what was there or with zeroes."""
-        head: bytes = ENTRY_STRUCT.build(
-            {
-                "bitmap_table_offset": self.bitmap_table_offset,
-                "bitmap_table_size": self.bitmap_table_size,
-                "flags": int(self.flags),
-                "type": self.type,
-                "granularity_bits": self.granularity_bits,
-                "name_size": len(self.name),
-                "extra_data_size": len(self.extra_data),
-            }
-        )
+        head = _FIELDS.pack(
+            self.bitmap_table_offset, self.bitmap_table_size, int(self.flags), self.type, self.granularity_bits,
+            len(self.name), len(self.extra_data),
+        )  # fmt: skip
         body = head + self.extra_data + self.name
         return body + (self.padding or bytes(-len(body) % 8))
 
@@ -100,19 +106,20 @@ class BitmapEntry:
         ):
             yield Fault("bitmap-table-offset", f"its table's offset {self.bitmap_table_offset:#x} is not a cluster's")
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
-        if int(self.flags) & ~int(BitmapFlag.IN_USE | BitmapFlag.AUTO | BitmapFlag.EXTRA_DATA_COMPATIBLE):
-            yield Fault("bitmap-flags", f"it has unknown flags {int(self.flags):#x}")
+        flags, compatible = int(self.flags), int(self.flags) & _COMPATIBLE
+        if flags & _UNKNOWN:
+            yield Fault("bitmap-flags", f"it has unknown flags {flags:#x}")
         if self.type != DIRTY_TRACKING:
             yield Fault("bitmap-type", f"its type {self.type} is not known")
         if not 0 < len(self.name) <= MAX_BITMAP_NAME:
             yield Fault("bitmap-name", f"its name is {len(self.name)} bytes long")
-        if self.extra_data and self.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE:
+        if self.extra_data and compatible:
             text = f"it has {len(self.extra_data)} bytes of extra data that need not be known, but QEMU refuses them"
             yield Fault("bitmap-extra-data-compatible", text)
         elif self.extra_data:
             yield Fault("bitmap-extra-data", f"it has {len(self.extra_data)} bytes of extra data that are not known")
-        elif self.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE:
-            yield Fault("bitmap-flags", f"it has unknown flags {int(self.flags):#x}")
+        elif compatible:
+            yield Fault("bitmap-flags", f"it has unknown flags {flags:#x}")
         if not MIN_GRANULARITY_BITS <= self.granularity_bits <= MAX_GRANULARITY_BITS:
             text = f"its granularity 2^{self.granularity_bits} is not between 512 bytes and 2 GiB"
             yield Fault("bitmap-granularity", text)
@@ -127,7 +134,7 @@ class BitmapEntry:
             yield Fault("bitmap-table-size", f"its table has {size} entries")
             return
         needed = geometry.bitmap_table_entries(self.granularity)
-        if not self.flags & BitmapFlag.IN_USE and size != needed:
+        if size != needed and not self.in_use:
             yield Fault("bitmap-table-size", f"its table has {size} entries, the disk needs {needed}")
 
 
@@ -139,7 +146,7 @@ def parse_entry(data: bytes, offset: int = 0) -> BitmapEntry:
     """
     if offset + FIXED_LENGTH > len(data):
         raise _no_such_entries(f"the bitmap directory ends within its entry at {offset:#x}")
-    head = dict(zip(_NAMES, _QUICK.unpack_from(data, offset), strict=True))
+    head = dict(zip(_NAMES, _FIELDS.unpack_from(data, offset), strict=True))
     extra, name_size = head["extra_data_size"], head["name_size"]
     if extra >> 31:
         raise _no_such_entries(f"a bitmap has {extra} bytes of extra data, more than a directory can hold")

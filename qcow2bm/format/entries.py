@@ -8,6 +8,8 @@ Source: qcow2 specification, "Cluster mapping", "Extended L2 Entries", "Host clu
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +43,14 @@ BITMAP_RESERVED = ~(OFFSET_MASK | ALL_ONES) & (1 << 64) - 1
 def bits_of_no_data(geometry: Geometry) -> int:
     """Bits that no sound entry of a bitmap table has which names a data cluster."""
     return BITMAP_RESERVED | ALL_ONES | geometry.cluster_size - 1
+
+
+def all_sound(table: array[int], geometry: Geometry, file_size: int) -> bool:
+    """True if no entry of a bitmap table breaks the format or names data that begins behind the end of the file."""
+    named = [value for value in table if value > ALL_ONES]
+    return not named or (
+        max(named) < file_size and not functools.reduce(operator.or_, named) & bits_of_no_data(geometry)
+    )
 
 
 def _big_endian(data: bytes | array[int], typecode: str) -> array[int]:

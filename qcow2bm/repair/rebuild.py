@@ -90,7 +90,8 @@ def rebuild(
         opened.require_writable()
         edit = Edit.of(opened)
         proof, reason = draft_rebuild(edit, bitmap, terms, create=create, granularity=granularity, progress=progress)
-        draft = next(draft for draft in edit.drafts if draft.name == encode_name(bitmap))
+        draft = edit.drafts.find(encode_name(bitmap))
+        assert draft is not None, "it has just been drafted"
         marked = draft.current_bits().count()
         plan = edit.plan()
         if plan:

@@ -157,9 +157,8 @@ def apply_salvage(file: ImageFile, salvages: Iterable[Salvaged], *, removed: Ite
     image = Qcow2Image(file, *read_head(file), locked=True)
     edit = Edit.of(image)
     edit.remove(*removed)
-    there = {draft.name for draft in edit.drafts}
     # What is put back comes last: by then no detached bitmap is in its way.
-    for salvage in sorted(salvages, key=lambda one: encode_name(one.name) not in there):
+    for salvage in sorted(salvages, key=lambda one: edit.drafts.find(encode_name(one.name)) is None):
         if salvage.bits is None:
             raise BitmapError(f"bitmap '{salvage.name}' cannot be salvaged: {salvage.reason}")
         edit.salvage(salvage.name, salvage.bits, granularity=salvage.granularity, recording=salvage.recording)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from ..bitmap.bring_back import Quarantine
 from ..bitmap.store import BitmapDirectory
 from ..errors import UndoError
-from ..format.bitmap_directory import BitmapFlag
 from ..format.header import KNOWN_AUTOCLEAR, Header, Incompatible
 from ..image import lock
 from ..image.file import UNDO_SUFFIX, ImageFile
@@ -88,7 +87,7 @@ def _marks_of_bitmaps(header: Header, directory: BitmapDirectory, *, is_running:
         yield _detached(header)
         return
     bitmaps = directory.bitmaps
-    in_use = sum(1 for bitmap in bitmaps if bitmap.entry.flags & BitmapFlag.IN_USE)
+    in_use = sum(1 for bitmap in bitmaps if bitmap.entry.in_use)
     if is_running and in_use:
         yield Sign("in-use", f"{in_use} of {len(bitmaps)} bitmaps are marked in use, as they are while a VM runs")
     elif in_use and in_use == len(bitmaps):

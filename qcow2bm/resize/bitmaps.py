@@ -131,7 +131,7 @@ def _follows(directory: BitmapDirectory, stored: StoredBitmap, sizes: Sizes, his
     if not sizes.differ:
         doubtful = history.grown_from is not None and stored.state is State.READY
         return directory.attached and (stored.is_misfit or doubtful)
-    in_use = stored.entry.flags & BitmapFlag.IN_USE
+    in_use = stored.entry.in_use
     if not (directory.attached and stored.is_misfit and not in_use):
         try:
             require_ready(stored)

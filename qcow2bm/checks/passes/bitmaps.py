@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...bitmap.store import StoredBitmap
-from ...format.bitmap_directory import BitmapFlag
-from ...format.entries import OFFSET_MASK, BitmapTableEntry
+from ...format.entries import OFFSET_MASK, BitmapTableEntry, all_sound
 from ...format.faults import Fault
 from ...image import lock
 from ..census import Use
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
 _READ_ANYWAY = "bitmaps-extension-length"
 """The one fault that QEMU looks for although the bitmaps are detached."""
+_SMALL = 64
+"""Entries of a table that are looked at more quickly one by one than as an array."""
 _OUTSIDE = "bitmap-data-outside"
 
 
@@ -39,17 +40,16 @@ def directory(view: View) -> Iterator[Finding]:
     names: set[bytes] = set()
     room = view.file.present + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
-        where = Location("bitmap directory", bitmap.place, index, bitmap=bitmap.name)
-        yield from _entry(view, bitmap, where, index, duplicate=bitmap.entry.name in names)
+        yield from _entry(view, bitmap, index, duplicate=bitmap.entry.name in names)
         names.add(bitmap.entry.name)
         room -= bitmap.entry.bitmap_table_size
         if room < 0:
             text = "the bitmap tables together are larger than the file: those from here on were not checked"
-            yield found("bitmap-tables-excessive", text, where)
+            yield found("bitmap-tables-excessive", text, _listed(bitmap, index))
             view.complete = False
             return
         view.bitmaps.append(bitmap)
-        if not bitmap.entry.flags & BitmapFlag.IN_USE:
+        if not bitmap.entry.in_use:
             yield from _table_faults(view, bitmap, index)
 
 
@@ -60,14 +60,21 @@ def clusters(view: View) -> Iterator[Finding]:
         view.census.add(Use.BITMAP, pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
     for index, bitmap in enumerate(view.bitmaps):
         yield from _table(view, bitmap)
-        if bitmap.entry.flags & BitmapFlag.IN_USE:
+        if bitmap.entry.in_use:
             yield from _table_faults(view, bitmap, index)
 
 
-def _entry(view: View, bitmap: StoredBitmap, where: Location, index: int, *, duplicate: bool) -> Iterator[Finding]:
-    attached, in_use = view.directory.attached, bool(bitmap.entry.flags & BitmapFlag.IN_USE)
+def _listed(bitmap: StoredBitmap, index: int) -> Location:
+    return Location("bitmap directory", bitmap.place, index, bitmap=bitmap.name)
+
+
+def _entry(view: View, bitmap: StoredBitmap, index: int, *, duplicate: bool) -> Iterator[Finding]:
+    attached, in_use = view.directory.attached, bitmap.entry.in_use
     silent = None if attached else InQemu.SILENT
-    for fault in bitmap.entry.faults(view.geometry):
+    if attached and not (in_use or duplicate or bitmap.entry_faults):
+        return
+    where = _listed(bitmap, index)
+    for fault in bitmap.entry_faults:
         nameless = fault.code == "bitmap-name" and not bitmap.entry.name  # which QEMU does not mind
         qemu = InQemu.SILENT if nameless else silent
         offset = bitmap.entry.bitmap_table_offset
@@ -105,15 +112,22 @@ def _read(view: View, bitmap: StoredBitmap) -> array[int]:
     return view.read_table(bitmap.entry)
 
 
+def _is_small_and_sound(view: View, table: array[int]) -> bool:
+    """True of most tables, and told of them at once; there may be tens of thousands."""
+    return len(table) <= _SMALL and all_sound(table, view.geometry, view.file_size)
+
+
 def _place(bitmap: StoredBitmap, index: int) -> Location:
     return Location("bitmap table", bitmap.entry.bitmap_table_offset + 8 * index, index, bitmap=bitmap.name)
 
 
 def _table_faults(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
     """Entries that break the format. QEMU loads tables as it opens the image, those in use only in its check."""
-    in_use = bitmap.entry.flags & BitmapFlag.IN_USE
+    in_use = bitmap.entry.in_use
     qemu = (InQemu.FAILS if in_use else InQemu.REFUSES) if view.directory.attached else InQemu.SILENT
     table = _read(view, bitmap)
+    if _is_small_and_sound(view, table):
+        return
     fold = _breaking(view, table) if view.bitmaps_in_bulk else None
     prefix = f"bitmap '{bitmap.name}': table "
     for at in range(len(table)) if fold is None else fold.indices():
@@ -137,6 +151,11 @@ def _table(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     elif attached:
         census.add(Use.BITMAP, offset, length)
     table = _read(view, bitmap)
+    if _is_small_and_sound(view, table):
+        for value in table if attached else ():
+            if value & OFFSET_MASK:
+                census.add(Use.BITMAP, value & OFFSET_MASK, size)
+        return
     fold = _counted(view, table) if view.bitmaps_in_bulk else None
     for at in range(len(table)) if fold is None else fold.indices():
         entry = BitmapTableEntry(table[at])

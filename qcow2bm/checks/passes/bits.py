@@ -13,7 +13,7 @@ from bitarray import bitarray  # noqa: TC002 - loaded already, by `bitmap`
 from ...bitmap.bits import BitVector
 from ...bitmap.granularity import coarsen
 from ...bitmap.store import State, StoredBitmap
-from ...format.entries import BitmapTableEntry, l1_offset, used_clusters
+from ...format.entries import OFFSET_MASK, l1_offset, used_clusters
 from ..model import Finding, Location
 from ..problems import found
 from ..view import View
@@ -26,19 +26,19 @@ def bitmap_data(view: View) -> Iterator[Finding]:
     """Bits past the end of the disk, and data clusters that a table entry alone could stand for."""
     seen: set[int] = set()  # a cluster that several tables name is read once
     for bitmap in view.bitmaps:
-        if bitmap.state in (State.READY, State.INCONSISTENT, State.DETACHED):
+        if bitmap.state in (State.READY, State.INCONSISTENT, State.DETACHED) and any(bitmap.table):
             yield from _tail(view, bitmap)
             if bitmap.state is State.READY:
                 yield from _needless(view, bitmap, seen)
 
 
 def _tail(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
-    geometry, table = view.geometry, view.read_table(bitmap.entry)
+    geometry, table = view.geometry, bitmap.table
     bits = geometry.bitmap_bits(bitmap.granularity)
     last, within = divmod(bits - 1, 8 * geometry.cluster_size) if bits else (0, -1)
     if last >= len(table):
         return
-    offset = BitmapTableEntry(table[last]).offset
+    offset = table[last] & OFFSET_MASK
     if not offset or offset >= view.file.size:
         return
     data = int.from_bytes(view.file.read_padded(offset, geometry.cluster_size), "little")
@@ -52,8 +52,8 @@ def _needless(view: View, bitmap: StoredBitmap, seen: set[int]) -> Iterator[Find
     size = view.geometry.cluster_size
     constants = (bytes(size), b"\xff" * size)
     needless, first = 0, 0
-    for value in view.read_table(bitmap.entry):
-        offset = BitmapTableEntry(value).offset
+    for value in bitmap.table:
+        offset = value & OFFSET_MASK
         if not offset or offset in seen:
             continue
         if len(seen) >= _LOOKED_AT:
@@ -76,7 +76,8 @@ def nesting(view: View) -> Iterator[Finding]:
         return  # tables that share clusters tell nothing
     recording = [bitmap for bitmap in view.bitmaps if bitmap.recording and bitmap.state is State.READY]
     coarsest = max((bitmap.granularity for bitmap in recording), default=0)
-    sized = [(bitmap, _coarsened(view, bitmap, coarsest)) for bitmap in recording]
+    # One without any data is empty, and so inside each other one.
+    sized = [(bitmap, _coarsened(view, bitmap, coarsest)) for bitmap in recording if any(bitmap.table)]
     sized.sort(key=lambda pair: pair[1].count())
     for (smaller, inner), (larger, outer) in pairwise(sized):
         missing = inner.union(outer).count() - outer.count()
