@@ -124,8 +124,9 @@ class BulkCensus(Census):
 
     def references_of(self, clusters: Clusters) -> Words:
         """How often each of these clusters is referred to."""
-        counts = [counts.at(clusters) for counts in self._counts.values()]
-        total: Words = np.sum(counts, axis=0, dtype=np.uint64)
+        total: Words = np.zeros(clusters.size, np.uint64)
+        for counts in self._counts.values():
+            total += counts.at(clusters)
         return total
 
     def references(self, cluster: int) -> int:

@@ -43,8 +43,8 @@ Progress = Callable[[int, int], None]
 
 _NONSENSE = 8
 """Entries of the mapping that may be nonsense, in a small image, before the header is doubted."""
-_REPEATED = 1 << 10
-"""Visits of one table up to which a finding is repeated for each."""
+_REPEATED = 1 << 19
+"""L2 entries that are looked at more than once, at the most, so that a finding is repeated for each visit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,7 @@ class View:
         snapshots_length: bytes of the snapshot table, as far as it could be read.
         roots: left by the mapping's pass: all L1 tables.
         l2_tables: left by the mapping: how many there are.
+        visits: left by the mapping: how often L1 entries name those that want a closer look.
         miscopied: left by the mapping: L2 tables of the active disk with a copied flag that contradicts the refcount,
             each with how many L1 entries name it.
         directory: the bitmaps, as far as they can be read.
@@ -114,6 +115,7 @@ class View:
         self._census: Census | None = None
         self.directory = BitmapDirectory(image)
         self.l2_tables = 0
+        self.visits = 0
         self.miscopied: dict[int, int] = {}
         self.bitmaps: list[StoredBitmap] = []
         self.allocation = Allocation()
@@ -165,12 +167,13 @@ class View:
             return f"{self.nonsense} entries of the mapping are nonsense: a field of the header may be wrong"
         return self.header_doubt
 
-    def says_at_every_visit(self, visits: int) -> bool:
-        """True if what is wrong with a table that is named so often is a finding each time, as qemu-img prints it.
+    @property
+    def says_at_every_visit(self) -> bool:
+        """True if what is wrong with an L2 table is a finding for each entry that names it, as qemu-img prints it.
 
         Otherwise it is one finding that counts them all, and so it is where there would be too many.
         """
-        return self.as_qemu and visits <= _REPEATED
+        return self.as_qemu and self.visits * self.geometry.l2_entries <= _REPEATED
 
     @property
     def census(self) -> Census:

@@ -149,9 +149,12 @@ def first_of_each(entries: Words, wanted: Collection[int]) -> list[int]:
             if offset and offset in wanted:
                 firsts.setdefault(offset, index)
         return list(firsts.values())
-    places = np.flatnonzero(np.isin(named, np.fromiter(wanted, np.uint64, len(wanted))) & (named != 0))
-    _, first = np.unique(named[places], return_index=True)
-    found: list[int] = np.sort(places[first]).tolist()
+    tables = np.sort(np.fromiter(wanted, np.uint64, len(wanted)))
+    of_each = np.minimum(np.searchsorted(tables, named), tables.size - 1)
+    places = np.flatnonzero((tables[of_each] == named) & (named != 0))
+    first = np.full(tables.size, -1)
+    first[of_each[places][::-1]] = places[::-1]  # of several the last stays
+    found: list[int] = np.sort(first[first >= 0]).tolist()
     return found
 
 

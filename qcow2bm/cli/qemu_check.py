@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .committing import reporting
-from .qemu_checking import Totals, check, opened_as_qemu
 from .qemu_options import (
     USAGE,
     ForeignError,
@@ -23,6 +22,7 @@ from .qemu_options import (
     require_locked,
     require_ours,
 )
+from .qemu_totals import Totals
 
 _SHORT = "hf:r:T:qU"
 _LONG = ["help", "format=", "repair=", "output=", "object=", "image-opts", "force-share"]
@@ -114,6 +114,7 @@ def _report(request: Request, totals: Totals) -> int:
 
 def _look(request: Request, totals: Totals) -> None:
     from ..checks.runner import inspecting
+    from .qemu_checking import check, opened_as_qemu
 
     with (
         _opening(request),

@@ -20,6 +20,7 @@ from ..format.extensions import BitmapsExtension, ExtensionType, parse_feature_n
 from ..format.header import KNOWN_INCOMPATIBLE, V3_LENGTH
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_FILE_SIZE, MAX_L1_ENTRIES, MAX_SNAPSHOTS
 from ..format.text import decode_name
+from .qemu_totals import Totals
 
 Line = Callable[[Finding], str]
 Refusal = Callable[[Finding, Inspection], str]
@@ -386,10 +387,16 @@ FAILED = "Invalid argument"
 """The reason of all other failures."""
 
 
-def lines(finding: Finding) -> Iterator[str]:
-    """What the check prints about a finding."""
+def lines(finding: Finding, totals: Totals) -> Iterator[str]:
+    """What the check prints about a finding: as QEMU a line for each time that it counts, unless that has no end."""
     if finding.code in LINES:
-        yield from repeat(LINES[finding.code](finding), finding.count)
+        line, again = LINES[finding.code](finding), finding.count - 1
+        if again <= totals.repeats:
+            totals.repeats -= again
+            yield from repeat(line, finding.count)
+        else:
+            yield line
+            yield f"qcow2bm: that counts {finding.count} times"
     elif finding.code in _RUNS:
         values, word = finding.values, _RUNS[finding.code]
         counts = f"refcount={values['refcount']} reference={values['references']}"

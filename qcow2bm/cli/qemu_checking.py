@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
+from ..checks.model import Finding, InQemu
+from ..checks.runner import CHECKING, OPENING, Inspection
+from ..checks.view import View
 from .qemu_options import RefusedError
+from .qemu_totals import Totals
 from .real_qemu_img import complain
-
-if TYPE_CHECKING:
-    from ..checks.model import Allocation, Finding
-    from ..checks.runner import Inspection
-    from ..checks.view import View
-
-_AT_ONCE = 1 << 12
-
-
-@dataclass(slots=True)
-class Totals:
-    """What qemu-img counts, and why it gave up, if it did.
-
-    Attributes:
-        clusters: of the virtual disk.
-        changed: the image was written to.
-        allocation: other statistics of the image; None as long as nothing has been checked to the end.
-    """
-
-    corruptions: int = 0
-    leaks: int = 0
-    errors: int = 0
-    corruptions_fixed: int = 0
-    leaks_fixed: int = 0
-    clusters: int = 0
-    changed: bool = False
-    allocation: Allocation | None = None
-    failure: str | None = None
-    corruption_signaled: bool = False
-    pending: list[str] = field(default_factory=list)
-
-    def say(self, lines: Iterable[str]) -> None:
-        """Lines for standard error, many at a time."""
-        for line in lines:
-            self.pending.append(line)
-            if len(self.pending) >= _AT_ONCE:
-                self.flush()
-
-    def flush(self) -> None:
-        """Print what is pending."""
-        if self.pending:
-            with contextlib.suppress(OSError):  # nobody listens; the result counts all the same
-                sys.stderr.write("\n".join(self.pending) + "\n")
-            self.pending.clear()
 
 
 def opened_as_qemu(inspection: Inspection, name: str) -> list[Finding]:
@@ -62,15 +20,13 @@ def opened_as_qemu(inspection: Inspection, name: str) -> list[Finding]:
     Raises:
         RefusedError: it would not open the image.
     """
-    from ..checks.model import InQemu
-    from ..checks.runner import OPENING
-    from .qemu_check_text import REFUSALS, refusal_order
-
     found = [*inspection.early, *inspection.findings(OPENING)]
     if inspection.view is not None:
         _warn_of_detached(inspection.view)
     refused = [finding for finding in found if finding.qemu is InQemu.REFUSES]
     if refused:
+        from .qemu_check_text import REFUSALS, refusal_order
+
         first = min(refused, key=lambda finding: refusal_order(finding, inspection))
         raise RefusedError(f"Could not open '{name}': {REFUSALS[first.code](first, inspection)}")
     return found
@@ -98,8 +54,6 @@ def check(inspection: Inspection, found: list[Finding], totals: Totals) -> None:
     Args:
         found: what has been found as it was opened.
     """
-    from ..checks.runner import CHECKING
-
     for finding in found:
         _count(finding, inspection, totals)
     for finding in inspection.findings(CHECKING) if totals.failure is None else ():
@@ -112,18 +66,14 @@ def check(inspection: Inspection, found: list[Finding], totals: Totals) -> None:
 
 def give_up(finding: Finding, inspection: Inspection, totals: Totals) -> None:
     """Say what ends the check."""
-    from .qemu_check_text import FAILED as INVALID
-    from .qemu_check_text import FAILURES
+    from .qemu_check_text import FAILED, FAILURES
 
     explain = FAILURES.get(finding.code)
-    said, totals.failure = explain(finding, inspection) if explain is not None else ((), INVALID)
+    said, totals.failure = explain(finding, inspection) if explain is not None else ((), FAILED)
     totals.say(said)
 
 
 def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
-    from ..checks.model import InQemu
-    from .qemu_check_text import lines, unreadable_block
-
     match finding.qemu:
         case InQemu.CORRUPTION:
             totals.corruptions += finding.count
@@ -131,6 +81,8 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
             totals.leaks += finding.count
         case InQemu.ERROR:
             if not totals.corruption_signaled and not inspection.header.geometry.is_aligned(finding.values["offset"]):
+                from .qemu_check_text import unreadable_block
+
                 totals.say([unreadable_block(finding)])
                 totals.corruption_signaled = True
             totals.errors += finding.count
@@ -139,7 +91,15 @@ def _count(finding: Finding, inspection: Inspection, totals: Totals) -> None:
             return
         case _:
             return
-    totals.say(lines(finding))
+    totals.say(_lines()(finding, totals))
+
+
+@functools.cache
+def _lines() -> Callable[[Finding, Totals], Iterator[str]]:
+    """What says it in QEMU's words, loaded once there is something to say."""
+    from .qemu_check_text import lines
+
+    return lines
 
 
 def disk_clusters(view: View) -> int:

@@ -21,8 +21,9 @@ from ..repair.as_qemu.model import Event, Mode, Notice
 from ..repair.as_qemu.repair import Repair
 from .failures import Postponed
 from .qemu_check_text import lines
-from .qemu_checking import Totals, check, disk_clusters, give_up, opened_as_qemu
+from .qemu_checking import check, disk_clusters, give_up, opened_as_qemu
 from .qemu_options import RefusedError
+from .qemu_totals import Totals
 
 if TYPE_CHECKING:
     from ..image.file import ImageFile
@@ -84,12 +85,12 @@ _WORDS: dict[Notice, Callable[[Values], str]] = {
 }
 
 
-def words(event: Event) -> Iterator[str]:
+def words(event: Event, totals: Totals) -> Iterator[str]:
     """The lines about an event, for standard error; of what ends the check nothing."""
     if isinstance(event.what, Notice):
         yield _WORDS[event.what](event.values)
     elif event.what.qemu in (InQemu.CORRUPTION, InQemu.LEAK, InQemu.ERROR):
-        for line in lines(event.what):
+        for line in lines(event.what, totals):
             yield "Repairing " + line.partition(" ")[2] if event.mended else line
 
 
@@ -109,14 +110,14 @@ def repair(file: ImageFile, name: str, mode: Mode, totals: Totals, *, locked: bo
         inspection = inspect(overlay, locked=locked, as_qemu=True)
         work = Repair(overlay, inspection, opened_as_qemu(inspection, name), mode)
         for event in work.first_pass():
-            totals.say(words(event))
+            totals.say(words(event, totals))
             if isinstance(event.what, Finding) and event.what.qemu is InQemu.FAILS:
                 give_up(event.what, inspection, totals)
         if _is_to_be_checked_again(work, inspection, totals):
             second = inspect(overlay, locked=locked, as_qemu=True)
             check(second, list(second.findings(OPENING)), totals)
         for event in work.close():
-            totals.say(words(event))
+            totals.say(words(event, totals))
         totals.flush()
         totals.changed = _write(work)
 
@@ -149,7 +150,7 @@ def mend_dirty(file: ImageFile, name: str, *, locked: bool) -> None:
         inspection = inspect(overlay, locked=locked, as_qemu=True)
         work = Repair(overlay, inspection, opened_as_qemu(inspection, name), Mode.ALL)
         for event in chain(work.first_pass(), work.close()):
-            totals.say(words(event))
+            totals.say(words(event, totals))
         totals.flush()
         if work.given_up or not work.counts.is_sound:
             reason = _error(work.reason or errno.EIO)

@@ -122,17 +122,15 @@ class NamedTables:
 
     def __init__(self, l1_tables: Iterable[tuple[array[int], str]]) -> None:
         """Takes L1 tables, each with its owner."""
-        self._parts: list[tuple[str, Words, Clusters, Clusters]] = []
+        self._parts: list[tuple[str, Words, npt.NDArray[np.int32], npt.NDArray[np.bool_]]] = []
         for table, owner in l1_tables:
             values = np.frombuffer(table, np.uint64)
             used = np.flatnonzero(values)
-            offsets, first, times = np.unique(
-                values[used] & np.uint64(OFFSET_MASK), return_index=True, return_counts=True
-            )
-            self._parts.append((owner, offsets, used[first], times))
+            offsets, first, times = _first_of_each(values[used] & np.uint64(OFFSET_MASK))
+            self._parts.append((owner, offsets, used[first].astype(np.int32), times > 1))
         every = np.concatenate([np.empty(0, np.uint64), *(offsets for _, offsets, _, _ in self._parts)])
-        firsts = np.concatenate([np.empty(0, np.int64), *(first for _, _, first, _ in self._parts)])
-        self._offsets, places = np.unique(every, return_index=True)
+        firsts = np.concatenate([np.empty(0, np.int32), *(first for _, _, first, _ in self._parts)])
+        self._offsets, places, _ = _first_of_each(every)
         self._first = firsts[places]
         if self._offsets.size and not self._offsets[0]:
             self._offsets, self._first = self._offsets[1:], self._first[1:]
@@ -150,9 +148,9 @@ class NamedTables:
     def entries(self, wanted: Iterable[int]) -> Iterator[tuple[int, int, str]]:
         """L1 entries that name the wanted offsets: offset, index, owner. One that is named more often comes twice."""
         offsets = np.unique(np.fromiter(wanted, np.uint64))
-        for owner, named, first, times in self._parts:
+        for owner, named, first, is_repeated in self._parts:
             for place in np.flatnonzero(np.isin(named, offsets, assume_unique=True) & (named != 0)).tolist():
-                for _ in range(min(2, int(times[place]))):
+                for _ in range(1 + int(is_repeated[place])):
                     yield int(named[place]), int(first[place]), owner
 
     def at(self, place: int) -> tuple[int, int] | None:
@@ -164,12 +162,25 @@ class NamedTables:
         return int(np.searchsorted(self._offsets, np.uint64(max(0, offset))))
 
 
+def _first_of_each(values: Words) -> tuple[Words, Clusters, Clusters]:
+    """The distinct values, sorted, where each comes first, and how often; in half of what `np.unique` takes."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = _starts(ordered)
+    return ordered[starts], order[starts], np.diff(starts, append=values.size)
+
+
+def _starts(ordered: Words) -> Clusters:
+    """Where values that are in order begin anew."""
+    new = np.ones(ordered.size, np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return np.flatnonzero(new)
+
+
 def _counted(values: Words) -> tuple[Words, Clusters]:
     """The distinct values, sorted, and how often each is there; `values` is sorted in place."""
     values.sort()
-    new = np.ones(values.size, np.bool_)
-    np.not_equal(values[1:], values[:-1], out=new[1:])
-    starts = np.flatnonzero(new)
+    starts = _starts(values)
     times = np.full_like(starts, values.size)
     times[:-1] = starts[1:]
     times -= starts

@@ -137,25 +137,31 @@ def _directory(shop: Workshop) -> Iterator[Proposal]:
         names = ", ".join(sorted({f"'{bitmap.name}'" for bitmap, _ in places}))
         title = f"mark as dirty what lies in clusters that something else uses too: {len(places)} parts of {names}"
         yield _step(title, shop.found("bitmap-clusters-shared")), partial(_mark_dirty, shop, places)
-    broken = shop.found(*_DIRECTORY, *_OF_ONE)
-    pointer = _pointer(shop)
-    if broken and pointer is not None:
-        damaged = bool(shop.found(*_DIRECTORY))
-        listing = list_entries(shop.view, pointer, attached=True, damaged=damaged, shared=_shared(shop))
-        lost = None if listing.sound else _lost_directory(shop, pointer)
-        if lost is not None:
-            title = f"point the bitmaps extension to the directory, which was found at {lost.offset:#x}"
-            yield _step(title, broken), partial(_point_to, shop, lost)
-        elif not listing.total:
-            yield _dropping(shop, broken), partial(_drop_extension, shop)
-        elif listing.broken or listing.is_damaged:
-            title = "write the bitmap directory anew with the entries that are sound"
-            if listing.broken:
-                names = ", ".join(f"'{bitmap.name}' ({why})" for bitmap, why in listing.broken[:5])
-                title = f"quarantine {len(listing.broken)} of {listing.total} bitmaps: {names}"
-            yield _step(title, broken, _quarantine_class(shop)), partial(_quarantine, shop, pointer, listing)
+    yield from _entries(shop)
     if found := shop.found(*_NAMES):
         yield _step("give bitmaps that cannot be told apart names of their own", found), partial(_rename, shop)
+
+
+def _entries(shop: Workshop) -> Iterator[Proposal]:
+    """By themselves, so that the next step finds memory: there may be tens of thousands, each wrong in five ways."""
+    broken = shop.found(*_DIRECTORY, *_OF_ONE)
+    pointer = _pointer(shop)
+    if not broken or pointer is None:
+        return
+    damaged = bool(shop.found(*_DIRECTORY))
+    listing = list_entries(shop.view, pointer, attached=True, damaged=damaged, shared=_shared(shop))
+    lost = None if listing.sound else _lost_directory(shop, pointer)
+    if lost is not None:
+        title = f"point the bitmaps extension to the directory, which was found at {lost.offset:#x}"
+        yield _step(title, broken), partial(_point_to, shop, lost)
+    elif not listing.total:
+        yield _dropping(shop, broken), partial(_drop_extension, shop)
+    elif listing.broken or listing.is_damaged:
+        title = "write the bitmap directory anew with the entries that are sound"
+        if listing.broken:
+            names = ", ".join(f"'{bitmap.name}' ({why})" for bitmap, why in listing.broken[:5])
+            title = f"quarantine {len(listing.broken)} of {listing.total} bitmaps: {names}"
+        yield _step(title, broken, _quarantine_class(shop)), partial(_quarantine, shop, pointer, listing)
 
 
 def _lost_directory(shop: Workshop, pointer: BitmapsExtension) -> LostDirectory | None:

@@ -46,7 +46,7 @@ def copied(view: View) -> Iterator[Finding]:
                 yield _of_l1(view, last)
         if offset in view.miscopied and offset not in done:
             visits = view.miscopied[offset]
-            each = view.says_at_every_visit(visits)
+            each = view.says_at_every_visit
             if not each:
                 done.add(offset)
             yield from _table(view, offset, index, 1 if each else visits)

@@ -37,6 +37,7 @@ def mapping(view: View) -> Iterator[Finding]:
     walk = TableWalk(view)
     walk.run()
     view.miscopied = walk.miscopied
+    view.visits = sum(map(sum, walk.suspects.values())) + sum(walk.miscopied.values())
     view.census.add(Use.STRUCTURE, 0, view.geometry.cluster_size)
     done: set[int] = set()
     for root in view.roots:
@@ -132,7 +133,7 @@ def _same_entries(
         yield from _l1_entry(view, entry, place)
         if offset in suspects and offset not in done:
             visits = sum(suspects[offset])
-            each = view.says_at_every_visit(visits)
+            each = view.says_at_every_visit
             if not each:
                 done.add(offset)
             yield from _l2_table(view, offset, place, 1 if each else visits)
