@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..format.faults import Fault
 from .model import Finding, InQemu, Location, Problem, RepairClass, Severity
 
@@ -790,6 +792,10 @@ PROBLEMS: dict[str, Problem] = {problem.code: problem for problem in _ROWS}
 """All problems by code, in the order of the documentation."""
 
 
+_NO_VALUES: Mapping[str, int] = {}
+"""Shared: there may be hundreds of thousands of findings."""
+
+
 def found(
     code: str, message: str, location: Location, *, count: int = 1, qemu: InQemu | None = None, **values: int
 ) -> Finding:
@@ -800,7 +806,7 @@ def found(
         values: the numbers behind the message.
     """
     problem = PROBLEMS[code]
-    return Finding(problem, message, location, problem.qemu if qemu is None else qemu, count, values)
+    return Finding(problem, message, location, problem.qemu if qemu is None else qemu, count, values or _NO_VALUES)
 
 
 def from_fault(

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from itertools import repeat
 
+from ..bitmap.store import StoredBitmap
 from ..checks.model import Finding
 from ..checks.runner import Inspection
 from ..checks.view import View
@@ -143,8 +144,14 @@ def _directory_outside(_: Finding, seen: Inspection) -> str:
     return "Bitmap '' doesn't satisfy the constraints"
 
 
+def _bitmap(finding: Finding, seen: Inspection) -> StoredBitmap:
+    """The bitmap whose directory entry a finding is about."""
+    assert finding.location.index is not None
+    return _view(seen).directory.bitmaps[finding.location.index]
+
+
 def _table_size(finding: Finding, seen: Inspection) -> str:
-    bitmap = _view(seen).directory.bitmaps[finding.values["bitmap"]]
+    bitmap = _bitmap(finding, seen)
     covered = bitmap.entry.bitmap_table_size * seen.header.geometry.cluster_size * 8 << bitmap.entry.granularity_bits
     limit = seen.header.geometry.max_bitmap_table_entries
     if not 0 < bitmap.entry.bitmap_table_size <= limit or seen.header.geometry.virtual_size > covered:
@@ -161,7 +168,7 @@ def _c_string(name: str | None) -> str:
 
 
 def _bitmap_table_offset(finding: Finding, seen: Inspection) -> str:
-    entry = _view(seen).directory.bitmaps[finding.values["bitmap"]].entry
+    entry = _bitmap(finding, seen).entry
     if entry.bitmap_table_offset and seen.header.geometry.is_aligned(entry.bitmap_table_offset):
         name = _c_string(finding.location.bitmap)
         return f"Could not read bitmap_table table from image for bitmap '{name}': Input/output error"

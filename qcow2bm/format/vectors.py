@@ -167,7 +167,9 @@ def _first_of_each(values: Words) -> tuple[Words, Clusters, Clusters]:
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     starts = _starts(ordered)
-    return ordered[starts], order[starts], np.diff(starts, append=values.size)
+    ordered = ordered[starts]
+    order = order[starts]
+    return ordered, order, _lengths(starts, values.size)
 
 
 def _starts(ordered: Words) -> Clusters:
@@ -177,14 +179,19 @@ def _starts(ordered: Words) -> Clusters:
     return np.flatnonzero(new)
 
 
+def _lengths(starts: Clusters, stop: int) -> Clusters:
+    """How far it is from each to the next one, and from the last to `stop`."""
+    lengths = np.full_like(starts, stop)
+    lengths[:-1] = starts[1:]
+    lengths -= starts
+    return lengths
+
+
 def _counted(values: Words) -> tuple[Words, Clusters]:
     """The distinct values, sorted, and how often each is there; `values` is sorted in place."""
     values.sort()
     starts = _starts(values)
-    times = np.full_like(starts, values.size)
-    times[:-1] = starts[1:]
-    times -= starts
-    return values[starts], times
+    return values[starts], _lengths(starts, values.size)
 
 
 class _Weights:

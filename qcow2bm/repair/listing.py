@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from ..bitmap.store import StoredBitmap
 from ..checks.view import View
@@ -14,11 +14,9 @@ from ..format.extensions import BitmapsExtension
 from ..format.faults import Weight
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MIN_GRANULARITY_BITS
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
 _ALIGNMENT = 8
+_WINDOW = 1 << 20
+"""Bytes of a damaged directory that are searched at once."""
 SHARED_CLUSTERS = "something else uses its clusters too"
 """Why a bitmap is broken that breaks no rule of the format by itself."""
 
@@ -102,14 +100,13 @@ def _entries(view: View, data: bytes, count: int | None, *, damaged: bool) -> It
         count: how many there are, where only that is known; None if they are to fill the data.
     """
     at, number, lost, in_vain = 0, 0, False, 0
-    places: npt.NDArray[np.int64] | None = None
+    likely = _Likely(data)
     while at + FIXED_LENGTH <= len(data) and number != count and number < MAX_BITMAPS:
         if lost:
-            places = _may_be_entries(data) if places is None else places
-            following = places.searchsorted(at)
-            if following == len(places) or in_vain == MAX_BITMAPS:
+            following = likely.first(at)
+            if following is None or in_vain == MAX_BITMAPS:
                 return  # so many places that only look like entries are not what damage leaves
-            at = int(places[following])
+            at = following
         try:
             entry = parse_entry(data, at)
         except CorruptImageError:
@@ -125,15 +122,33 @@ def _entries(view: View, data: bytes, count: int | None, *, damaged: bool) -> It
         at += entry.size if entry is not None and sound else _ALIGNMENT
 
 
-def _may_be_entries(data: bytes) -> npt.NDArray[np.int64]:
-    """Places in order, by a quick look at flags, type and granularity at each: there may be millions of them."""
-    import numpy as np  # rarely needed, and slow to load
+class _Likely:
+    """Places where an entry may begin, by a quick look at flags, type and granularity: there may be millions."""
 
-    whole = len(data) // _ALIGNMENT * _ALIGNMENT
-    words = np.frombuffer(data, np.uint8, whole).reshape(-1, _ALIGNMENT)
-    flags, kind = words[1:-1, 4:7], words[2:]
-    likely = (flags == 0).all(axis=1) & (kind[:, 0] == DIRTY_TRACKING) & (kind[:, 1] >= MIN_GRANULARITY_BITS)
-    return np.flatnonzero(likely) * _ALIGNMENT
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._end = 0
+        self._places: list[int] = []
+
+    def first(self, at: int) -> int | None:
+        """The first from `at` on, which lies behind where the last search began; None if there is none."""
+        while not self._places or self._places[-1] < at:
+            start = max(self._end, at)
+            if start + FIXED_LENGTH > len(self._data):
+                return None
+            self._places, self._end = self._look(start), start + _WINDOW
+        return self._places[bisect_left(self._places, at)]
+
+    def _look(self, start: int) -> list[int]:
+        """The places from `start` on, in one window."""
+        import numpy as np  # rarely needed, and slow to load
+
+        piece = memoryview(self._data)[start : start + _WINDOW + FIXED_LENGTH - _ALIGNMENT]
+        words = np.frombuffer(piece[: len(piece) // _ALIGNMENT * _ALIGNMENT], np.uint8).reshape(-1, _ALIGNMENT)
+        flags, kind = words[1:-1, 4:7], words[2:]
+        likely = (flags == 0).all(axis=1) & (kind[:, 0] == DIRTY_TRACKING) & (kind[:, 1] >= MIN_GRANULARITY_BITS)
+        places: list[int] = (start + np.flatnonzero(likely) * _ALIGNMENT).tolist()
+        return places
 
 
 def _first_fault(view: View, entry: BitmapEntry) -> str | None:

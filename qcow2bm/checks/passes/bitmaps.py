@@ -50,7 +50,7 @@ def directory(view: View) -> Iterator[Finding]:
             return
         view.bitmaps.append(bitmap)
         if not bitmap.entry.in_use:
-            yield from _table_faults(view, bitmap, index)
+            yield from _table_faults(view, bitmap)
 
 
 def clusters(view: View) -> Iterator[Finding]:
@@ -58,10 +58,10 @@ def clusters(view: View) -> Iterator[Finding]:
     pointer = view.directory.pointer
     if pointer is not None and view.directory.attached:
         view.census.add(Use.BITMAP, pointer.bitmap_directory_offset, pointer.bitmap_directory_size)
-    for index, bitmap in enumerate(view.bitmaps):
+    for bitmap in view.bitmaps:
         yield from _table(view, bitmap)
         if bitmap.entry.in_use:
-            yield from _table_faults(view, bitmap, index)
+            yield from _table_faults(view, bitmap)
 
 
 def _listed(bitmap: StoredBitmap, index: int) -> Location:
@@ -80,12 +80,10 @@ def _entry(view: View, bitmap: StoredBitmap, index: int, *, duplicate: bool) -> 
         offset = bitmap.entry.bitmap_table_offset
         if attached and in_use and fault.code == "bitmap-table-offset" and offset and view.geometry.is_aligned(offset):
             qemu = InQemu.FAILS  # too high for any file, which QEMU notices when it reads there: in its check
-        yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=qemu, bitmap=index)
+        yield from_fault(fault, where, prefix=f"bitmap '{bitmap.name}': ", qemu=qemu)
     if duplicate:
         ignored = InQemu.SILENT if in_use else silent  # QEMU skips one in use whose name it knows
-        yield found(
-            "bitmap-name-duplicate", f"a second bitmap is called '{bitmap.name}'", where, qemu=ignored, bitmap=index
-        )
+        yield found("bitmap-name-duplicate", f"a second bitmap is called '{bitmap.name}'", where, qemu=ignored)
     if not attached:
         text = f"bitmap '{bitmap.name}' is detached: the autoclear bit is off"
         yield found("bitmap-detached", text, where)
@@ -121,10 +119,12 @@ def _place(bitmap: StoredBitmap, index: int) -> Location:
     return Location("bitmap table", bitmap.entry.bitmap_table_offset + 8 * index, index, bitmap=bitmap.name)
 
 
-def _table_faults(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Finding]:
+def _table_faults(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     """Entries that break the format. QEMU loads tables as it opens the image, those in use only in its check."""
     in_use = bitmap.entry.in_use
     qemu = (InQemu.FAILS if in_use else InQemu.REFUSES) if view.directory.attached else InQemu.SILENT
+    if view.as_qemu and qemu is InQemu.SILENT:
+        return
     table = _read(view, bitmap)
     if _is_small_and_sound(view, table):
         return
@@ -133,7 +133,9 @@ def _table_faults(view: View, bitmap: StoredBitmap, index: int) -> Iterator[Find
     for at in range(len(table)) if fold is None else fold.indices():
         fault = BitmapTableEntry(table[at]).fault(view.geometry) if table[at] else None
         if fault is not None:
-            yield from_fault(fault, _place(bitmap, at), prefix=prefix, qemu=qemu, bitmap=index)
+            yield from_fault(fault, _place(bitmap, at), prefix=prefix, qemu=qemu)
+            if view.as_qemu:
+                return  # QEMU looks no further
     yield from _rest(fold, bitmap, table, qemu)
 
 
