@@ -16,7 +16,8 @@ The tree (exit status in brackets)::
     ├── LockingUnavailableError       [1]  the file system cannot lock
     ├── NoSpaceError                  [1]  the change does not fit
     ├── ImageIOError                  [1]  the operating system refused a read or a write
-    │   └── FlushError                [1]  what reached the disk is unknown
+    │   ├── FlushError                [1]  what reached the disk is unknown
+    │   └── ChangeDoneError           [1]  the change is done, what failed came after it
     ├── UndoError                     [1]  an undo file cannot be used on this image
     ├── ExportFileError               [1]  an export file cannot be read or written
     ├── UnprovedError                 [1]  a bitmap cannot be put to the test
@@ -118,7 +119,7 @@ class UnsupportedVersionError(UnsupportedImageError):
 
 
 class OutdatedPlanError(Qcow2bmError):
-    """The image has changed since the change was planned; nothing was written."""
+    """The image has changed since the change was planned; nothing was written, or everything was put back."""
 
 
 class InterruptedChangeError(Qcow2bmError):
@@ -145,6 +146,10 @@ class ImageIOError(Qcow2bmError):
 
 class FlushError(ImageIOError):
     """A flush failed. What reached the disk is unknown, so nothing more may be written."""
+
+
+class ChangeDoneError(ImageIOError):
+    """The change is done, and the message says so. What failed came after it: giving clusters back, for example."""
 
 
 class UndoError(Qcow2bmError):

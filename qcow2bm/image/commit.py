@@ -15,12 +15,12 @@ import errno
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from os import SEEK_END
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ..errors import (
     RUN_CHECK,
+    ChangeDoneError,
     FlushError,
     ImageIOError,
     NoSpaceError,
@@ -32,10 +32,11 @@ from ..errors import (
     naming,
 )
 from .data_file import FollowingFile
-from .file import JOURNAL_SUFFIX, ImageFile, read_fd
+from .file import JOURNAL_SUFFIX, ImageFile
 from .image import Qcow2Image
 from .plan import Kept, Plan, Stage, Write
 from .roll_back import Replaced, roll_back
+from .spill import Spill
 
 if TYPE_CHECKING:
     from .undo_writer import UndoWriter
@@ -58,10 +59,12 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
 
     Raises:
         UsageError: the image is open read-only.
-        OutdatedPlanError: the image has changed since the plan was made; nothing was written.
+        OutdatedPlanError: the image has changed since the plan was made; nothing was written, or all was put back.
         NoSpaceError: the file system has not the room; nothing was written, or everything was put back.
         UndoError: the undo file or the journal cannot be written; nothing was changed.
-        ImageIOError: a write failed and everything was put back, or a flush failed and the state is unknown.
+        ImageIOError: a write failed, and the message says whether everything was put back.
+        FlushError: a flush failed, and what is on the disk is unknown.
+        ChangeDoneError: the change is done; what failed came after it.
     """
     carry_out(image.file, plan, undo=undo, progress=progress)
     with naming(image.file.path), _afterwards():
@@ -71,21 +74,17 @@ def commit(image: Qcow2Image, plan: Plan, *, undo: Path | None = None, progress:
             commit(image, following)
 
 
-class _DoneError(ImageIOError):
-    """The change is done, and the message says so; what failed came after it."""
-
-
 @contextlib.contextmanager
 def _afterwards() -> Iterator[None]:
     """What fails in here does not take the change back, and says so."""
     try:
         yield
-    except _DoneError:  # of a change that follows this one: both are done
+    except ChangeDoneError:  # of a change that follows this one: both are done
         raise
     except (Qcow2bmError, OSError) as error:
         cause = from_os_error(error) if isinstance(error, OSError) else error
         text = f"the change is done, but not what was to follow it: {cause.message}"
-        raise _DoneError(text, hint=RUN_CHECK) from error
+        raise ChangeDoneError(text, hint=RUN_CHECK) from error
 
 
 def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress: Progress | None = None) -> None:
@@ -110,7 +109,7 @@ def carry_out(file: ImageFile, plan: Plan, *, undo: Path | None = None, progress
                 engine = _Engine(file, plan, progress, writer)
                 engine.run()
             except BaseException:
-                if engine is None or engine.rolled_back or not engine.begun:
+                if engine is None or engine.untouched:
                     if writer is not None:
                         # The image is as it was, and an undo file that stays does no harm: what failed before counts.
                         with contextlib.suppress(Qcow2bmError, OSError):
@@ -184,7 +183,7 @@ class _OldBytes:
 
     def __init__(self) -> None:
         self._held = 0
-        self._spill: IO[bytes] | None = None
+        self._spill = Spill()
 
     def keep(self, data: bytes) -> Callable[[], bytes]:
         """How to get `data` back."""
@@ -193,19 +192,11 @@ class _OldBytes:
         self._held += len(data)
         if self._held <= _IN_MEMORY:
             return lambda: data
-        if self._spill is None:
-            from tempfile import TemporaryFile  # rarely needed, and slow to load
-
-            self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
-        spill, place = self._spill, self._spill.seek(0, SEEK_END)
-        spill.write(data)
-        spill.flush()
-        return partial(read_fd, spill.fileno(), len(data), place)  # which does not hold the data
+        return partial(self._spill.get, self._spill.put(data), len(data))  # which does not hold the data
 
     def close(self) -> None:
         """Forget everything."""
-        if self._spill is not None:
-            self._spill.close()
+        self._spill.close()
 
 
 class _Engine:
@@ -221,11 +212,10 @@ class _Engine:
         self._kept = _OldBytes()
         self._written = 0
         self._journal: UndoWriter | None = None
-        self.begun = False
-        self.rolled_back = False
+        self.untouched = True  # or so again, when all is put back
 
     def run(self) -> None:
-        self.begun = True
+        self.untouched = False
         try:
             self._run()
         finally:
@@ -247,7 +237,7 @@ class _Engine:
             except BaseException as error:  # also a signal: whatever stops us, the old state is put back
                 if number <= self._plan.commit_stage:
                     self._roll_back()
-                if isinstance(error, OSError):
+                if isinstance(error, OSError) or (isinstance(error, Qcow2bmError) and number > self._plan.commit_stage):
                     raise self._explain(error, number) from error
                 raise
 
@@ -299,7 +289,7 @@ class _Engine:
         if outcome.stuck is not None:
             text = f"writing failed, and so did putting back what was written ({cause})"
             raise ImageIOError(text, hint=self._way_back(outcome.stuck)) from outcome.error
-        self.rolled_back = True
+        self.untouched = True
         try:
             self._drop_journal()
         except OSError as error:
@@ -319,12 +309,12 @@ class _Engine:
         which = "the old ones or the new ones" if stuck == self._plan.commit_stage else "the old ones"
         return f"the bitmaps are {which}, clusters may be leaked; {RUN_CHECK}"
 
-    def _explain(self, error: OSError, number: int) -> Qcow2bmError:
-        cause = from_os_error(error)
+    def _explain(self, error: OSError | Qcow2bmError, number: int) -> Qcow2bmError:
+        cause = from_os_error(error) if isinstance(error, OSError) else error
         if number <= self._plan.commit_stage:
-            kind = NoSpaceError if error.errno in _FULL else ImageIOError
+            kind = NoSpaceError if isinstance(error, OSError) and error.errno in _FULL else ImageIOError
             return kind(f"writing failed ({cause.message})", hint="everything was put back as it was")
-        return _DoneError(
+        return ChangeDoneError(
             f"the change is done, but giving clusters back failed ({cause.message})",
             hint="`qcow2bm repair --only leaks` gives them back",
         )

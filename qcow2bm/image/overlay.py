@@ -10,14 +10,14 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from tempfile import TemporaryFile
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from ..errors import TruncatedImageError
-from .file import ImageFile, read_fd, write_fd
+from .file import ImageFile
 from .image import Qcow2Image
 from .mark import FEATURES, bracketed, with_mark
 from .plan import SECTOR, Kept, Plan, Stage, Write, fits_a_sector
+from .spill import Spill
 
 _PAGE = 4096
 _IN_MEMORY = 32 << 20
@@ -51,8 +51,7 @@ class OverlayFile(ImageFile):
         self.slack = base.slack
         self._changed: list[int] = []
         self._pages: dict[int, bytes | int | _Below] = {}
-        self._spill: IO[bytes] | None = None
-        self._spilled = 0
+        self._spill = Spill()
 
     @property
     def is_changed(self) -> bool:
@@ -66,8 +65,7 @@ class OverlayFile(ImageFile):
 
     def close(self) -> None:
         """Forget the changes; the base stays open."""
-        if self._spill is not None:
-            self._spill.close()
+        self._spill.close()
         self._pages.clear()
 
     def read_at(self, offset: int, length: int) -> bytes:
@@ -243,19 +241,13 @@ class OverlayFile(ImageFile):
             return content
         if isinstance(content, _Below):
             return self._base_page(content.page)
-        assert self._spill is not None
-        return read_fd(self._spill.fileno(), _PAGE, content)
+        return self._spill.get(content, _PAGE)
 
     def _store(self, page: int, content: bytes) -> None:
         if page not in self._pages:
             insort(self._changed, page)
         if len(self._pages) * _PAGE > _IN_MEMORY:
-            if self._spill is None:
-                self._spill = TemporaryFile()  # noqa: SIM115 - `close` ends it
-            # Always behind what is there: a mark may still need the old content.
-            write_fd(self._spill.fileno(), content, self._spilled)
-            self._pages[page] = self._spilled
-            self._spilled += _PAGE
+            self._pages[page] = self._spill.put(content)  # a savepoint may still need what is there
         else:
             self._pages[page] = content
 

@@ -6,8 +6,9 @@ that a crash on the way leaves no more than leaked clusters, and the same comman
 
 A journal is the same file for the few stages that a crash could tear. Whoever opens the image for writing next settles
 it: what was torn is rolled back, what was finished is kept. Where all stages are journaled, the user's undo file is the
-journal, by a second name beside the image. Meanwhile the corrupt bit is set, which keeps QEMU from writing. It is what
-tells a torn image from one that somebody has mended, replaced or used since: where it is clear nothing is rolled back.
+journal, by a second name beside the image. Meanwhile the mark is set (`mark.py`), whose corrupt bit keeps QEMU from
+writing. Both its bits tell a torn image from one that somebody has mended, replaced or used since: without them nothing
+is rolled back.
 
 An external data file is no part of it; how the change left that is noted (`undo_data_file.py`), and looked at.
 
@@ -93,7 +94,7 @@ class UndoFile(UndoReader):
         self._set_state(State.IN_PROGRESS)
         if not named:
             try:
-                second_copy(self._fd, journal, os.fstat(image.fd).st_mode & 0o666)
+                second_copy(self._fd, journal, os.fstat(image.fd))
             except OSError:
                 self._set_state(before)
                 raise
@@ -142,7 +143,7 @@ def is_torn(journal: UndoReader, image: ImageFile) -> bool:
     """True if a crash has left what the journal must put back.
 
     False for an image that the change did not reach, one where it was finished, and one that has been mended, replaced
-    or used since: without the corrupt bit there is nothing left of the change to be put back.
+    or used since: without the mark (`mark.py`) there is nothing left of the change to be put back.
 
     Raises:
         UndoError: the journal is damaged, or nobody can tell.
@@ -216,7 +217,7 @@ def _require_half_way(undo: UndoReader, image: ImageFile, found: Standing, *, fo
     _require_familiar(undo, found)
     if not (found.untouched or found.finished):
         _require_own_work(undo, image)
-    # Only the corrupt bit would have kept others out, and nobody has noted the time stamp that the crash left.
+    # Only the mark would have kept others out, and nobody has noted the time stamp that the crash left.
     if not (found.untouched or is_marked(image) or force):
         raise UndoError(
             "a crash came before the end was noted, so nobody knows what was written since",

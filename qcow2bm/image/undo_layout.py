@@ -34,6 +34,8 @@ class State(IntEnum):
     UNDONE = 3
 
 
+PIECE = 1 << 20
+"""Bytes of a kept piece, and of one that was given up, at most. Part of the format: who reads refuses longer ones."""
 VERSION = 3
 _MAGIC = {number: b"QCOW2BM undo %d\n\0" % number for number in range(1, VERSION + 1)}
 _FIELDS_1 = {

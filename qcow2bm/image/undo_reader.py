@@ -17,9 +17,20 @@ from ..errors import UndoError
 from .file import ImageFile, close_fd, read_fd
 from .plan import SECTOR, Kept
 from .undo_data_file import NotedDataFile
-from .undo_layout import CRC_SIZE, KEPT_SIZE, RECORD_SIZE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
+from .undo_layout import (
+    CRC_SIZE,
+    KEPT_SIZE,
+    PIECE,
+    RECORD_SIZE,
+    KeptHead,
+    KeptPart,
+    RecordHead,
+    State,
+    Summary,
+    crc,
+    seen,
+)
 
-_PIECE = 1 << 20
 Head = TypeVar("Head", RecordHead, KeptHead)
 
 
@@ -225,7 +236,7 @@ class UndoReader:
         """
         parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.given_up_at, self._summary.given_up)
         for number, (head, at) in enumerate(parts):
-            if head is None or head.kind != KeptPart.GIVEN_UP or head.stored != CRC_SIZE or head.length > _PIECE:
+            if head is None or head.kind != KeptPart.GIVEN_UP or head.stored != CRC_SIZE or head.length > PIECE:
                 raise UndoError(f"{self.path} is damaged in piece {number} of what was given up")
             yield head.offset, head.length, int.from_bytes(read_fd(self._fd, head.stored, at), "little")
 
@@ -266,8 +277,8 @@ class UndoReader:
 
     def _crc(self, at: int, length: int) -> int:
         value = 0
-        for start in range(at, at + length, _PIECE):
-            value = crc(read_fd(self._fd, min(_PIECE, at + length - start), start), value)
+        for start in range(at, at + length, PIECE):
+            value = crc(read_fd(self._fd, min(PIECE, at + length - start), start), value)
         return value
 
 

@@ -16,12 +16,11 @@ from enum import Enum
 from ..format.header import Incompatible
 from .file import ImageFile
 from .mark import FEATURES, features_of, has_mark
-from .undo_layout import crc
+from .undo_layout import PIECE, crc
 from .undo_reader import Record, UndoReader
 
 _WINDOW = 64 << 10
 """Bytes of the image that are compared at a time."""
-_PIECE = 1 << 20
 
 
 class Since(Enum):
@@ -152,8 +151,8 @@ def _is_as_before(undo: UndoReader, image: ImageFile, record: Record) -> bool:
 
 def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
     """A range in parts (start, stop) small enough to be held in memory."""
-    for at in range(start, stop, _PIECE):
-        yield at, min(at + _PIECE, stop)
+    for at in range(start, stop, PIECE):
+        yield at, min(at + PIECE, stop)
 
 
 # ---- windows ----

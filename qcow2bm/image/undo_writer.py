@@ -18,10 +18,8 @@ from pathlib import Path
 from ..errors import UndoError
 from .file import ImageFile, close_fd, flush_error, read_fd, write_fd
 from .plan import SECTOR, Kept, Stage, Write
-from .undo_layout import KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
+from .undo_layout import PIECE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
 
-_PIECE = 1 << 20
-"""Bytes of a kept piece at most."""
 _CLOSED = -1
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """To create a file: never over another one, nor through a link."""
@@ -58,11 +56,10 @@ class UndoWriter:
             UndoError: the file exists already or cannot be written.
         """
         status = os.fstat(image.fd)
-        mode = stat.S_IMODE(status.st_mode) & 0o666
+        what = "journal" if path == image.journal else "undo file"
         try:
-            fd = os.open(path, _NEW, mode)
+            fd = _create(path, status)
         except OSError as error:
-            what = "journal" if path == image.journal else "undo file"
             raise UndoError(f"cannot create the {what} {path}: {os.strerror(error.errno or 0)}") from error
         tearable = any(stage.journaled for stage in stages)
         summary = Summary(
@@ -71,11 +68,10 @@ class UndoWriter:
         )  # fmt: skip
         writer = cls(fd, path, summary)
         try:
-            _give_to_owner(fd, status)
             writer._fill(image, stages, kept, given_up)
         except OSError as error:
             writer.discard()
-            raise UndoError(f"cannot write the undo file {path}: {os.strerror(error.errno or 0)}") from error
+            raise UndoError(f"cannot write the {what} {path}: {os.strerror(error.errno or 0)}") from error
         except BaseException:
             writer.discard()
             raise
@@ -152,10 +148,20 @@ class UndoWriter:
             drop(self._alias)
 
 
-def _give_to_owner(fd: int, image: os.stat_result) -> None:
-    """Who may write to the image can then use what belongs to it, also if it was root who changed the image."""
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, image.st_uid, image.st_gid)
+def _create(path: Path, image: os.stat_result) -> int:
+    """Create a file; its descriptor.
+
+    Who may write to the image can then use what belongs to it, also if it was root who changed the image.
+    """
+    fd = os.open(path, _NEW, stat.S_IMODE(image.st_mode) & 0o666)
+    try:
+        with contextlib.suppress(PermissionError):
+            os.fchown(fd, image.st_uid, image.st_gid)
+    except BaseException:
+        close_fd(fd)
+        path.unlink(missing_ok=True)
+        raise
+    return fd
 
 
 def second_name(undo: Path, journal: Path) -> bool:
@@ -174,26 +180,26 @@ def second_name(undo: Path, journal: Path) -> bool:
     return True
 
 
-def second_copy(fd: int, journal: Path, mode: int) -> None:
+def second_copy(fd: int, journal: Path, image: os.stat_result) -> None:
     """The same where there are no second names: a copy of the undo file, whole before it counts.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    copy = os.open(journal, _NEW, mode)
+    copy = _create(journal, image)
     try:
         end = os.fstat(fd).st_size
-        for at in range(SECTOR, end, _PIECE):
-            write_fd(copy, read_fd(fd, min(_PIECE, end - at), at), at)
+        for at in range(SECTOR, end, PIECE):
+            write_fd(copy, read_fd(fd, min(PIECE, end - at), at), at)
         os.fsync(copy)
         write_fd(copy, read_fd(fd, SECTOR, 0), 0)
         os.fsync(copy)
+        sync_folder(journal)
     except BaseException:
         journal.unlink(missing_ok=True)
         raise
     finally:
         close_fd(copy)
-    sync_folder(journal)
 
 
 def _outlive(mtime_ns: int) -> None:
@@ -261,8 +267,8 @@ def _kept_parts(image: ImageFile, kept: Sequence[Kept]) -> Iterator[tuple[bytes,
 def _given_up_parts(image: ImageFile, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
     """Head and checksum of each range as far as the file reaches, in pieces."""
     for start, end in _joined((start, min(end, image.size)) for start, end in ranges):
-        for at in range(start, end, _PIECE):
-            length = min(_PIECE, end - at)
+        for at in range(start, end, PIECE):
+            length = min(PIECE, end - at)
             yield _part(KeptPart.GIVEN_UP, at, length, crc(image.read_padded(at, length)).to_bytes(4, "little"))
 
 
@@ -287,7 +293,7 @@ def _pieces(image: ImageFile, start: int, end: int) -> Iterator[tuple[bytes, byt
             yield _part(KeptPart.PIECE, start, hole_end - start, b"")
             start = hole_end
             continue
-        length = min(_PIECE, end - start)
+        length = min(PIECE, end - start)
         data = image.read_at(start, length)
         yield _part(KeptPart.PIECE, start, length, b"" if _is_zero(data) else data)
         start += length

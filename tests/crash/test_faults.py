@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcow2bm.image import commit, overlay
+from qcow2bm.image.roll_back import Outcome
 from tests.crash.commands import COMMANDS, Command
 from tests.crash.faults import FAULTS, Fault, failing
 from tests.crash.shapes import SHAPES
@@ -72,6 +73,12 @@ def test_what_is_kept_in_temporary_files_may_fail_as_well(
     outcome = try_out(named(COMMANDS, command), SHAPES[0], named(FAULTS, fault), every=every)
     assert outcome.states
     assert not outcome.bad, "\n".join(outcome.bad)
+
+
+def test_what_is_not_put_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof that the proof can fail."""
+    monkeypatch.setattr(commit, "roll_back", lambda *_: Outcome())
+    assert try_out(named(COMMANDS, "merge"), SHAPES[0], named(FAULTS, "write error")).bad
 
 
 def test_every_fault_is_in_the_sample() -> None:

@@ -48,6 +48,13 @@ def test_what_leads_back_is_on_the_disk_first(
         assert not (wrong := not_on_the_disk(ops[:place], image)), wrong
 
 
+def test_a_name_that_may_be_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This proof can fail as well."""
+    monkeypatch.setattr(undo_writer, "sync_folder", lambda _: None)
+    with pytest.raises(AssertionError, match="may be lost"):
+        test_what_leads_back_is_on_the_disk_first(tmp_path, *WITH[0], links=True, monkeypatch=monkeypatch)
+
+
 def not_on_the_disk(ops: list[Op], image: int) -> str:
     """What of the other files may be lost by a power cut after these operations; or an empty string."""
     unflushed: dict[int, list[int]] = defaultdict(list)

@@ -16,6 +16,7 @@ import pytest
 
 import qcow2bm
 from qcow2bm import __main__
+from qcow2bm.cli.app import COMMANDS
 from tests.support.holders import HOLDERS, Holder, Kind, locked_bytes, unlocked_daemon, wait_for_locks
 from tests.support.qemu import QemuError, qemu_img, qemu_io
 
@@ -51,8 +52,10 @@ CHANGING = (
     "remove {image} weekly",
     "clear {image} weekly",
     "disable {image} weekly",
+    "enable {image} weekly",
     "rename {image} weekly monthly",
     "set {image} weekly --range 0+64k",
+    "unset {image} weekly --range 0+64k",
     "resample {image} weekly -g 128k",
     "invert {image} weekly",
     "merge {image} weekly daily",
@@ -161,6 +164,11 @@ def require_refused(said: Said, image: Path, pid: int, doing: str) -> None:
     assert said.out == ""
     assert said.err.startswith(f"qcow2bm: {image}: in use: pid {pid} (qemu-")
     assert f") {doing}; " in said.err
+
+
+def test_every_command_is_a_column() -> None:
+    columns = {line.split()[0] for line in (*READING, *COMPARING, *CHANGING)}
+    assert columns == set(COMMANDS) - {"explain"}, "which opens no image"
 
 
 def test_there_is_a_row_of_each_kind() -> None:

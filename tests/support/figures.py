@@ -17,5 +17,7 @@ def measured_with() -> str:
 def write_figures(name: str, table: str) -> None:
     """Put a table in the place of the one before."""
     page = PAGE.read_text(encoding="utf-8")
-    new = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", page, flags=re.DOTALL)
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    new, places = place.subn(lambda m: f"{m[1]}{table}\n{m[2]}", page)
+    assert places == 1, f"{PAGE.name} has {places} places for the figures of '{name}'"
     PAGE.write_text(new, encoding="utf-8")

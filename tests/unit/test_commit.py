@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 import qcow2bm
-from qcow2bm.errors import BitmapNotFoundError, ImageIOError, NoSpaceError, OutdatedPlanError, UsageError
+from qcow2bm.errors import (
+    BitmapNotFoundError,
+    ChangeDoneError,
+    ImageIOError,
+    NoSpaceError,
+    OutdatedPlanError,
+    UsageError,
+)
+from qcow2bm.image import commit as commit_module
 from qcow2bm.image.file import ImageFile
+from qcow2bm.image.plan import Stage
+from qcow2bm.image.spill import Spill
 from tests.support.qemu import check, qemu_img, qemu_io
 from tests.support.raw import Raw
 from tests.support.recording import Tape
@@ -150,3 +160,42 @@ def test_what_fails_after_the_change_says_that_the_change_is_done(
     with qcow2bm.open(image) as opened:
         assert opened.virtual_size == 1 << 20
     assert check(image)["returncode"] == 0
+
+
+def test_what_fails_after_the_change_is_done_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else's write is noticed as old clusters are given back: the bitmap is gone all the same."""
+    image, real = three(tmp_path), commit_module._Engine._write
+
+    def write(engine: commit_module._Engine, stage: Stage) -> None:
+        if stage is engine._plan.stages[-1]:
+            raise OutdatedPlanError("the image has changed")
+        real(engine, stage)
+
+    monkeypatch.setattr(commit_module._Engine, "_write", write)
+    with qcow2bm.open(image, writable=True) as opened:
+        draft = opened.draft()
+        draft.remove("a")
+        with pytest.raises(ChangeDoneError, match="the change is done, but giving clusters back failed"):
+            opened.commit(draft.plan())
+    assert "a" not in [row[0] for row in bitmaps(image)]
+
+
+def test_a_full_disk_under_what_is_to_be_put_back_is_told_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies in a temporary file, where there is much of it."""
+    image = three(tmp_path)
+    before = image.read_bytes()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(commit_module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(Spill, "put", full)
+    with qcow2bm.open(image, writable=True) as opened:
+        draft = opened.draft()
+        draft.rename("a", "another name")
+        with pytest.raises(NoSpaceError, match="writing failed") as failure:
+            opened.commit(draft.plan())
+    assert image.read_bytes() == before
+    assert failure.value.hint == "everything was put back as it was"

@@ -19,6 +19,8 @@ import qcow2bm
 from qcow2bm import Edit
 from qcow2bm.__main__ import main
 from qcow2bm.errors import InterruptedChangeError, UndoError
+from qcow2bm.image import undo as undo_module
+from qcow2bm.image import undo_writer
 from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import settle_interrupted
 from qcow2bm.image.undo import Settled, State, UndoFile
@@ -654,3 +656,38 @@ def test_a_journal_cannot_be_made_on_a_device_without_a_place_for_it(tmp_path: P
     assert not (tmp_path / JOURNAL).exists()
     qcow2bm.undo(image, tmp_path / "undo")
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_journal_belongs_to_whom_the_image_belongs_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Else who owns the image could not settle what root's undoing left, cut short."""
+    image, undo, given = damaged(tmp_path), tmp_path / "undo", dict[str, int]()
+    assert main(["repair", str(image), "--yes", "--undo", str(undo)]) == 0
+
+    def fchown(fd: int, uid: int, _: int) -> None:
+        given[Path(f"/proc/self/fd/{fd}").readlink().name] = uid
+
+    monkeypatch.setattr(os, "fchown", fchown)
+    if not links:
+        monkeypatch.setattr(undo_module, "second_name", lambda *_: False)
+    assert main(["undo", str(image), str(undo)]) == 0
+    assert given == ({} if links else {JOURNAL: image.stat().st_uid})
+
+
+def test_a_copy_whose_folder_cannot_be_flushed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, undo = damaged(tmp_path), tmp_path / "undo"
+    assert main(["repair", str(image), "--yes", "--undo", str(undo)]) == 0
+    before = image.read_bytes()
+
+    def fails(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(undo_module, "second_name", lambda *_: False)
+    monkeypatch.setattr(undo_writer, "sync_folder", fails)
+    assert main(["undo", str(image), str(undo)]) == 1
+    assert image.read_bytes() == before
+    assert not (tmp_path / JOURNAL).exists()
+    monkeypatch.undo()
+    assert main(["undo", str(image), str(undo)]) == 0
