@@ -30,7 +30,7 @@ class _Below(NamedTuple):
     page: int
 
 
-class Mark(NamedTuple):
+class Savepoint(NamedTuple):
     """A state of an overlay."""
 
     size: int
@@ -131,13 +131,13 @@ class OverlayFile(ImageFile):
         """Extend the file; an overlay never shrinks."""
         self.size = max(self.size, size)
 
-    def mark(self) -> Mark:
+    def savepoint(self) -> Savepoint:
         """The state as it is now, for `rewind`."""
-        return Mark(self.size, tuple(self._changed), dict(self._pages))
+        return Savepoint(self.size, tuple(self._changed), dict(self._pages))
 
-    def rewind(self, mark: Mark) -> None:
-        """Forget what has been written since a mark."""
-        self.size, self._changed, self._pages = mark.size, list(mark.changed), dict(mark.pages)
+    def rewind(self, point: Savepoint) -> None:
+        """Forget what has been written since then."""
+        self.size, self._changed, self._pages = point.size, list(point.changed), dict(point.pages)
 
     # The plan
 
@@ -152,8 +152,8 @@ class OverlayFile(ImageFile):
     ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
 
-        The first cluster is written last. Unless one sector holds it all, the corrupt bit keeps QEMU meanwhile from
-        writing to an image that a crash has caught half-way.
+        The first cluster is written last. Unless one sector holds it all, the mark (`mark.py`) keeps QEMU from writing
+        meanwhile to an image that a crash has caught half-way.
 
         Args:
             image: the image as it is in the base.

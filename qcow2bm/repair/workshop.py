@@ -16,7 +16,7 @@ from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
 from ..format.header import UNKNOWN_INCOMPATIBLE
 from ..image.image import Qcow2Image
-from ..image.overlay import Mark, OverlayFile
+from ..image.overlay import OverlayFile, Savepoint
 from ..image.plan import Kept, Plan
 from .model import Patch, RepairPolicy, Step
 from .outside import MOST_FOLDED, Outside
@@ -42,7 +42,7 @@ _EDITS = 1000
 class _Before(NamedTuple):
     """What a step may change, as it was when the step began; `kept` by how many there were."""
 
-    file: Mark
+    file: Savepoint
     taken: frozenset[int]
     given_up: frozenset[int]
     uncounted: frozenset[int]
@@ -194,7 +194,11 @@ class Workshop:
         """What is written from now on belongs to this step."""
         self._step = step
         self._mark = _Before(
-            self.file.mark(), frozenset(self.taken), frozenset(self.given_up), frozenset(self.uncounted), len(self.kept)
+            self.file.savepoint(),
+            frozenset(self.taken),
+            frozenset(self.given_up),
+            frozenset(self.uncounted),
+            len(self.kept),
         )
 
     def take_back(self) -> None:

@@ -6,7 +6,7 @@ trial       one command on one image: the old state, the new one, and a judge wh
 judge       what a folder is worth: the old state, the new one, or something that must not be
 calls       the functions of `os` that count
 
-Four kinds of fire, each with one function that tries a command on a shape and gives an Outcome:
+Four kinds of fire (`fires`), each with one function that tries a command on a shape and gives an Outcome:
 
 replay      power cuts: `recorder` writes down what a command does, `disk` and `choosing` say what may be left of it
 trying      failing calls, of which `faults` is the list

@@ -44,7 +44,7 @@ FOUND = (
     # What was read a second time was taken for changed where a read had stopped half-way.
     ("import", "64 KiB clusters", "short reads"),
     # A write that a full disk cut short had made the file longer, and putting back filled holes there is no room for.
-    ("resample", "no room in the refcount blocks", "full disk"),
+    ("resample", "no room in the refcount blocks", "disk fills up"),
     # What a plan is known by takes the image's bytes, and an error in reading them named nothing.
     ("repair by a plan", "1-bit refcounts", "read error"),
     # The drop-in did not say which image could not be read, where that failed as it looked for free clusters.
@@ -62,7 +62,7 @@ def test_what_has_been_found_and_mended(command: str, shape: str, fault: str) ->
     assert not outcome.bad, "\n".join(outcome.bad)
 
 
-@pytest.mark.parametrize("fault", ["short reads", "short writes", "disk full", "read error"])
+@pytest.mark.parametrize("fault", ["short reads", "short writes", "no space", "read error"])
 @pytest.mark.parametrize(("command", "every"), [("merge", 3), ("repair mappings", 150)])
 def test_what_is_kept_in_temporary_files_may_fail_as_well(
     command: str, every: int, fault: str, monkeypatch: pytest.MonkeyPatch

@@ -128,7 +128,7 @@ def test_on_a_full_disk_every_byte_and_the_length_are_put_back(tmp_path: Path, r
     image = three(tmp_path)
     with_holes(image)
     before, number = image.read_bytes(), 0
-    fault = named(FAULTS, "full disk")
+    fault = named(FAULTS, "disk fills up")
     while True:
         image.write_bytes(before)
         with_holes_again(image, before)
