@@ -174,7 +174,7 @@ class _Writer:
             return old
         if chunk is ZEROES or chunk is ONES:
             return ALL_ONES if chunk is ONES else 0
-        return self.change.put_cluster(partial(_chunk_bytes, bits, index), f"data of bitmap '{name}', chunk {index}")
+        return self.change.put_run(1, partial(_chunk_bytes, bits, index), f"data of bitmap '{name}', chunk {index}")
 
     def free_bitmap(self, stored: StoredBitmap) -> None:
         """Give back everything of a removed bitmap.

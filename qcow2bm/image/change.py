@@ -44,16 +44,6 @@ class Change:
         self._fresh.append(Write.fresh(offset, data.ljust(clusters * geometry.cluster_size, b"\0"), purpose))
         return offset
 
-    def put_cluster(self, make: Data, purpose: str) -> int:
-        """Fill one free cluster with bytes that are made when they are written; returns its offset."""
-        offset = self._allocator.take()
-        self._fresh.append(Write(offset, self.image.geometry.cluster_size, make, purpose))
-        return offset
-
-    def free(self, offset: int, length: int) -> None:
-        """Give back the clusters that hold `length` bytes at `offset`; raises ProofError unless each has refcount 1."""
-        self._allocator.free(offset, length)
-
     def put_run(self, clusters: int, make: Data, purpose: str) -> int:
         """Fill that many free clusters in a row with bytes that are made when they are written; returns their offset.
 
@@ -63,6 +53,10 @@ class Change:
         offset = self._allocator.take(clusters)
         self._fresh.append(Write(offset, clusters * self.image.geometry.cluster_size, make, purpose))
         return offset
+
+    def free(self, offset: int, length: int) -> None:
+        """Give back the clusters that hold `length` bytes at `offset`; raises ProofError unless each has refcount 1."""
+        self._allocator.free(offset, length)
 
     def refcount(self, offset: int) -> int:
         """The refcount of the cluster at `offset`, as it is on disk."""
