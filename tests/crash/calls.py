@@ -1,4 +1,4 @@
-"""The functions of `os` that a command works on files with: what is recorded, fails, is slowed down or interrupted."""
+"""The functions of `os` that a command works on files with: what is recorded, fails or is slowed down."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ LENGTHS = ("ftruncate",)
 FLUSHES = ("fsync", "fdatasync")
 NAMES = ("link", "unlink", "rename", "replace")
 CHANGING = (*WRITES, *LENGTHS, *FLUSHES, *NAMES)
-OTHERS = ("lseek", "fstat", "fstatvfs", "utime", "close")
+OTHERS = ("lseek", "fstat", "fstatvfs", "fchown", "utime", "close")
 """Those that neither read nor change what a file holds, how long it is, or its name."""
