@@ -1,9 +1,9 @@
 """A folder on a disk that loses power: what was done to its files, and what of that may have reached the disk.
 
 The model is that of docs/how-it-writes.md. Between two flushes of a file any subset of its sectors, of 512 bytes or of
-4096, may reach the disk, in any order; a sector reaches it whole or not at all. A change of a file's length is one more such operation.
-Names come and go in the order in which they were made and removed, as on every journaling file system, and are certain
-only once the folder has been flushed.
+4096, may reach the disk, in any order; a sector reaches it whole or not at all. A change of a file's length is one more
+such operation. Names come and go in the order in which they were made and removed, as on every journaling file system,
+and are certain only once the folder has been flushed.
 """
 
 from __future__ import annotations
