@@ -75,9 +75,10 @@ class UndoFile(UndoReader):
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         found = require_restorable(self, image, force=force)
-        is_known = is_marked(image) or since(self, image, found) is Since.NOTHING
+        # Else a guest may have written in place, and an older undo file would go by the stamp and believe it was not.
+        stamp = since(self, image, found) is Since.NOTHING
         with self._journaled(image):
-            self._put_back(image, stamp=is_known)
+            self._put_back(image, stamp=stamp)
             self._set_state(State.UNDONE)
 
     @contextlib.contextmanager
@@ -111,7 +112,7 @@ class UndoFile(UndoReader):
             if self.state is State.IN_PROGRESS and self.mtime_ns and standing(self, image).finished:
                 self._set_state(State.COMPLETE)  # the change was done long ago, and its undoing had not begun
             return False
-        self._put_back(image, stamp=is_marked(image))
+        self._put_back(image, stamp=False)
         self._set_state(State.UNDONE)
         return True
 
@@ -156,7 +157,7 @@ def is_torn(journal: UndoReader, image: ImageFile) -> bool:
     if found.untouched:
         # Nothing refers to a free cluster that was filled; but what somebody else has put there since is his.
         changed, ours = fills(journal, image)
-        return changed and ours
+        return changed and ours and is_own_work(journal, image)
     if not marked:
         raise UndoError(
             f"a change was cut short by a crash, and nothing has kept others from the image since: see {journal.path}",
@@ -215,7 +216,7 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, found: Standing, *,
 def _require_half_way(undo: UndoReader, image: ImageFile, found: Standing, *, force: bool) -> None:
     """A change, or an undo of it, was cut short. The image must be as that left it."""
     _require_familiar(undo, found)
-    if not (found.untouched or found.finished):
+    if not found.finished:
         _require_own_work(undo, image)
     # Only the mark would have kept others out, and nobody has noted the time stamp that the crash left.
     if not (found.untouched or is_marked(image) or force):

@@ -16,6 +16,7 @@ from enum import Enum
 from ..format.header import Incompatible
 from .file import ImageFile
 from .mark import FEATURES, features_of, has_mark
+from .undo_foreign import DiskRefcounts
 from .undo_layout import PIECE, crc
 from .undo_reader import Record, UndoReader
 
@@ -113,16 +114,35 @@ def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
     """False if the image holds what the change cannot have left there: somebody has used it since.
 
     A barrier follows every stage. As far as a later one has begun, those before it are complete; the clusters of the
-    stage itself are as before or filled. The same refcount may have been written by somebody else.
+    stage itself are as before or filled. The same refcount may have been written by somebody else. What later stages
+    fill may be torn, and the file longer than it was; but nothing counts that yet.
     """
     reached = max((window.reached() for window in _windows(undo, image)), default=-1)
     if not all(window.is_rewritten_before(reached) for window in _windows(undo, image)):
         return False
-    return all(
+    fresh = [record for record in undo.records if record.filled]
+    begun = (record for record in fresh if record.stage <= reached)
+    if not all(
         _is_as_filled(image, record) or (record.stage == reached and _is_as_before(undo, image, record))
-        for record in undo.records
-        if record.filled and record.stage <= reached
-    )
+        for record in begun
+    ):
+        return False
+    return not _is_taken(undo, image, reached)
+
+
+def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
+    """True if somebody else has a cluster that a later stage fills, or one behind the old end of the file."""
+    counts = DiskRefcounts(image)
+    if counts.is_dirty and not any(record.offset <= FEATURES.start < record.end for record in undo.records):
+        return True  # whoever writes so counts nothing before he closes the image
+    own, later = set[int](), set(counts.clusters(undo.size_before + counts.cluster_size - 1, image.size))
+    for record in undo.records:
+        if record.filled and record.stage <= reached:
+            own.update(counts.clusters(record.offset, record.offset + record.filled))
+        # What held something was counted before as well, if a repair has used it again.
+        elif record.filled and record.old_at is None and not _is_as_before(undo, image, record):
+            later.update(counts.clusters(record.offset, record.offset + record.filled))
+    return any(map(counts.get, later - own))
 
 
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:

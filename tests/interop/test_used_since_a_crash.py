@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,7 @@ from tests.crash.disk import Folder
 from tests.crash.recorder import recorded
 from tests.support.cut_short import JOURNAL, cut_short, damage, damaged, is_open_to_qemu
 from tests.support.qemu import bitmap_info, check, guest_digest, qemu_img, qemu_io
-from tests.support.raw import Raw
+from tests.support.raw import BITMAPS, Raw
 from tests.support.scenes import MIB, three
 
 
@@ -325,3 +325,69 @@ def test_a_header_that_has_changed_is_seen_although_an_undo_had_begun(tmp_path: 
     before = image.read_bytes()
     assert main(["undo", str(image), str(undo), "--force"]) == 1
     assert image.read_bytes() == before
+
+
+def each_state(folder: Path, *words: str) -> Iterator[Folder]:
+    """The folder before a command, and after each thing that it does to a file in it."""
+    before = Folder.read(folder)
+    with recorded(folder) as ops:
+        assert main(list(words)) in (0, 3)
+    for number in range(len(ops) + 1):
+        yield before.after(ops[:number])
+
+
+def holds(image: Path, offset: str) -> bool:
+    """True if a guest finds there what has been written meanwhile."""
+    return not qemu_io(image, f"read -P 119 {offset} 64k", options=("-r",), check=False).returncode
+
+
+def test_what_is_committed_into_an_image_that_a_crash_has_torn_is_not_rolled_back(tmp_path: Path) -> None:
+    """The corrupt bit keeps out who opens it for writing, and not who makes writable what he has open."""
+    image, overlay = three(tmp_path), tmp_path / "overlay.qcow2"
+    raw = Raw.load(image)
+    raw.put(raw.l2_entry(60), 1 << 63 | raw.number(48))  # the refcount table, which a repair then moves
+    raw.save(image)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", overlay)
+    qemu_io(overlay, "write -P 119 256k 64k")
+    committed = 0
+    for state in list(each_state(tmp_path, "repair", str(image), "--yes", "--undo", str(tmp_path / "undo"))):
+        state.write(tmp_path)
+        if not qemu_img("commit", "-q", "-f", "qcow2", "-d", overlay, check=False).returncode and holds(image, "256k"):
+            committed += 1
+            main(["add", str(image), "new"])
+            assert holds(image, "256k")
+    assert committed
+
+
+@pytest.mark.parametrize("options", ["lazy_refcounts=on", "lazy_refcounts=off"])
+def test_no_undo_takes_away_what_a_guest_has_allocated_since(tmp_path: Path, options: str) -> None:
+    """Lazy refcounts show nothing of it but the dirty bit, if the VM dies."""
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", options, image, "64M")
+    qemu_io(image, "write -P 1 1M 64k")
+    command = ("add", str(image), "new", "--all-dirty", "--undo", str(undo))
+    tried = 0
+    for state in list(each_state(tmp_path, *command)):
+        state.write(tmp_path)
+        if not undo.exists():
+            continue
+        qemu_io(image, "write -P 119 1088k 64k", "flush", "abort", check=False)
+        tried += 1
+        main(["undo", str(image), str(undo)])
+        assert holds(image, "1088k")
+    assert tried > 5
+
+
+def test_an_undo_by_force_that_is_cut_short_leaves_no_old_time_stamp(tmp_path: Path) -> None:
+    """An older undo file would go by it, and bring back a bitmap that misses what a guest has written."""
+    image, old, new = three(tmp_path), tmp_path / "old", tmp_path / "new"
+    for name in "bc":
+        qemu_img("bitmap", "--remove", image, name)
+    damage(image)
+    assert main(["remove", str(image), "a", "--undo", str(old)]) == 0
+    assert main(["repair", str(image), "--yes", "--undo", str(new)]) == 0
+    qemu_io(image, "write -P 119 1M 64k")
+    for state in list(each_state(tmp_path, "undo", str(image), str(new), "--force")):
+        state.write(tmp_path)
+        main(["undo", str(image), str(old)])
+        assert not Raw.load(image).extensions().get(BITMAPS), "it has come back"
