@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
 from bitarray import bitarray
-from bitarray.util import intervals, zeros
+from bitarray.util import count_and, intervals, zeros
 
 from ..format.geometry import div_up
 from .chunks import ONES, ZEROES, Chunk, Constant, Marked, Op, combined, inverted, patched, uniform
@@ -188,6 +188,19 @@ class BitVector:
                 pending = (base + first, base + end)
         if pending is not None:
             yield pending
+
+    def count_runs(self) -> int:
+        """How many runs there are. They may be billions, and need not be made to be counted."""
+        count, goes_on = 0, False
+        for index, chunk in enumerate(self.chunks):
+            if chunk is ZEROES or chunk is ONES:
+                count += chunk is ONES and not goes_on
+                goes_on = chunk is ONES
+                continue
+            bits = self.read(index)
+            count += count_and(bits, ~(bits >> 1)) - (goes_on and bits[0])
+            goes_on = bool(bits[-1])
+        return count
 
     def _chunk_runs(self, index: int, chunk: Chunk) -> Iterator[tuple[int, int]]:
         if chunk is ZEROES:

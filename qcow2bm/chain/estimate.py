@@ -242,7 +242,7 @@ def _estimate(image: Qcow2Image, bitmap: StoredBitmap, count: _Count) -> Estimat
     exact = [_exact(geometry, count, granularity) for granularity in count.known]
     rows = (*(_bounded(geometry, count, granularity, exact[0]) for granularity in finer), *exact)
     has_backing = image.backing_file is not None
-    runs = sum(1 for _ in count.bits.runs())
+    runs = count.bits.count_runs()
     coarser = _coarser(exact, has_backing=has_backing)
     is_scattered = exact[0].dirty < _SHORT_RUN * runs * own
     wanted = _finer(exact[0], rows) if finer and coarser is None and is_scattered else None

@@ -75,7 +75,7 @@ def _describe(image: api.Image, bitmap: api.Bitmap) -> dict[str, Any]:
         **bitmap_json(bitmap),
         "virtual-size": image.virtual_size,
         "dirty-bytes": bitmap.dirty_bytes if ready else None,
-        "dirty-extents": sum(1 for _ in bitmap.extents()) if ready else None,
+        "dirty-extents": bitmap.stored.readable_bits().count_runs() if ready else None,
         "table": _table(bitmap),
         "density": [round(share, 6) for share in bitmap.density(_cells())] if ready else None,
     }

@@ -256,9 +256,10 @@ class _Engine:
         self._journal = UndoWriter.create(journal, self._file, plan.journaled, plan.size_after)
 
     def _drop_journal(self) -> None:
-        journal, self._journal = self._journal, None
+        journal = self._journal
         if journal is not None and journal is not self._undo:  # `commit` ends the undo file, and with it that name
             journal.discard()
+        self._journal = None  # until then it may have to be told of
 
     def _write(self, stage: Stage) -> None:
         for write in stage.writes:

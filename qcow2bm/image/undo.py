@@ -255,6 +255,7 @@ def settle_journal(image: ImageFile) -> Settled:
     path, rolled_back, belongs = image.journal, False, True
     try:
         if UndoFile.was_begun(path):
+            _require_ours(path, image)
             with UndoFile(path) as journal:
                 belongs = _belongs(journal, image)
                 rolled_back = journal.settle(image)
@@ -266,6 +267,20 @@ def settle_journal(image: ImageFile) -> Settled:
         raise from_os_error(error, path) from error
     except UndoError as error:
         raise _as_journal(error) from error.__cause__
+
+
+def _require_ours(path: Path, image: ImageFile) -> None:
+    """Refuse a journal that somebody else has put there: it could make anything of the image.
+
+    Raises:
+        UndoError: it belongs neither to root, nor to the image's owner, nor to whoever asks.
+    """
+    owner = path.stat(follow_symlinks=False).st_uid
+    if owner not in (0, os.geteuid(), os.fstat(image.fd).st_uid):
+        raise UndoError(
+            f"{path} belongs to user {owner}, who is not the image's owner, so it is not taken for its journal",
+            hint="give it to the owner if a change by that user was cut short, else move it away",
+        )
 
 
 def _as_journal(error: UndoError) -> UndoError:
@@ -302,6 +317,7 @@ def has_torn(image: ImageFile) -> bool:
     try:
         if not UndoReader.was_begun(image.journal):
             return False
+        _require_ours(image.journal, image)
         with UndoReader(image.journal) as journal:
             return is_torn(journal, image)
     except OSError:

@@ -217,7 +217,9 @@ class _Table:
             header = self._shop.image.header
             self._offset = header.refcount_table_offset
             length = header.refcount_table_clusters * self._geometry.cluster_size
-            self._entries = list(table_entries(self._shop.file.read_padded(self._offset, length)))
+            sensible = length <= MAX_REFCOUNT_TABLE_BYTES and self._geometry.may_start(self._offset, length)
+            table = self._shop.file.read_padded(self._offset, length) if sensible else b""
+            self._entries = list(table_entries(table))
         return self._entries
 
     def block(self, index: int) -> int:

@@ -73,6 +73,7 @@ def test_runs_are_the_set_bits_in_order_and_never_touch(vector: BitVector) -> No
     assert {bit for first, end in runs for bit in range(first, end)} == from_chunks(vector)
     assert all(first < end for first, end in runs)
     assert all(one[1] < two[0] for one, two in pairwise(runs))
+    assert vector.count_runs() == len(runs)
 
 
 @given(with_ranges())

@@ -5,18 +5,26 @@ Smaller than they could be, so that the tests are quick: what is not bounded wou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qcow2bm.image.file import ImageFile
+from qcow2bm.image.overlay import OverlayFile
+from qcow2bm.repair.counts import _Table
+from qcow2bm.repair.model import RepairPolicy
+from qcow2bm.repair.workshop import Workshop
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import BITMAPS, Raw
+from tests.support.scenes import three
 
 COPIED = 1 << 63
 SECONDS = 60  # on a shared machine
@@ -147,3 +155,20 @@ def test_a_lie_is_checked_in_bounded_time_and_memory(lie: Lie, words: list[str],
     assert done.returncode in (0, 1, 2, 3, 4), done.stderr[-500:]
     assert b"internal error" not in done.stderr, done.stderr[-500:]
     assert image.stat().st_mtime_ns == before
+
+
+def test_no_memory_is_taken_for_a_refcount_table_as_long_as_the_header_says(tmp_path: Path) -> None:
+    """Where it has not been mended yet, as when that was declined, and a refcount is to be raised."""
+    image = three(tmp_path)
+    raw = Raw.load(image)
+    raw.put(56, 0x7FFF_FFFF, 4)
+    raw.save(image)
+    with contextlib.closing(ImageFile.open(image)) as file, contextlib.closing(OverlayFile(file)) as overlay:
+        shop = Workshop(overlay, RepairPolicy())
+        assert shop.found("refcount-table-size")
+        tracemalloc.start()
+        try:
+            assert not _Table(shop).block(5)
+            assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        finally:
+            tracemalloc.stop()

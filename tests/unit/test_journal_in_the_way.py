@@ -59,3 +59,24 @@ def test_the_drop_in_says_nothing_of_advice_where_there_is_none() -> None:
         with pytest.raises(RefusedError) as caught, refusing("i.qcow2", "qcow2", writable=True):
             raise UndoError("the journal is damaged", hint=hint)
         assert caught.value.args[0] == f"Could not open 'i.qcow2': the journal {end}"
+
+
+def test_a_journal_that_somebody_else_has_put_there_is_not_believed(tmp_path: Path, run, monkeypatch) -> None:
+    """Whoever may write into the folder could else make anything of the image."""
+    image = three(tmp_path)
+    journal = image.with_name(f"{image.name}.qcow2bm-journal")
+    assert run("clear", image, "a", "--undo", journal.with_name("undo")).status == 0
+    journal.with_name("undo").rename(journal)
+    before, real = image.read_bytes(), Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        found = list(real(path, **options))
+        found[4] = 4711 if path == journal else found[4]
+        return os.stat_result(found)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    done = run("clear", image, "b")
+    assert done.status == 1
+    assert "belongs to user 4711" in done.err
+    assert image.read_bytes() == before
