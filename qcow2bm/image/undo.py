@@ -27,7 +27,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from ..errors import UndoError, from_os_error
+from ..errors import RUN_CHECK, ImageIOError, UndoError, from_os_error
 from .file import ImageFile
 from .roll_back import put_back
 from .undo_layout import State
@@ -71,15 +71,23 @@ class UndoFile(UndoReader):
 
         Raises:
             UndoError: the file is damaged, has been used already, or the image or its data file has changed since.
-            OSError, FlushError: not all is put back; it is "in progress", and can be done again.
+            ImageIOError, FlushError: not all is put back; it is "in progress", and can be done again.
         """
         # Reading every record here also means that a damaged file is refused before the first byte is written.
         found = require_restorable(self, image, force=force)
         # Else a guest may have written in place, and an older undo file would go by the stamp and believe it was not.
         stamp = since(self, image, found) is Since.NOTHING
-        with self._journaled(image):
-            self._put_back(image, stamp=stamp)
-            self._set_state(State.UNDONE)
+        try:
+            with self._journaled(image):
+                self._put_back(image, stamp=stamp)
+                self._set_state(State.UNDONE)
+        except OSError as error:
+            cause = from_os_error(error).message
+            if self.state is State.UNDONE:
+                text, hint = f"all was put back, but not what was to follow ({cause})", RUN_CHECK
+            else:
+                text, hint = f"not all was put back ({cause})", "the same `qcow2bm undo` again puts back the rest"
+            raise ImageIOError(text, hint=hint) from error
 
     @contextlib.contextmanager
     def _journaled(self, image: ImageFile) -> Iterator[None]:

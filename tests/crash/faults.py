@@ -38,6 +38,11 @@ class Fault:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def must_be_told(self) -> bool:
+        """True if no command may say that all is well: something was not written, or may not last."""
+        return self.code is not None and not self.full and set(self.calls) <= {*WRITES, *FLUSHES}
+
 
 _REST = (*LENGTHS, *NAMES, *OTHERS)
 

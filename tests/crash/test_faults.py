@@ -5,13 +5,16 @@ An ordinary run tries some calls of each command with one of the faults; `make c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
 
 import pytest
 
+from qcow2bm.errors import FlushError
 from qcow2bm.image import commit, overlay
+from qcow2bm.image.file import ImageFile
 from qcow2bm.image.roll_back import Outcome
 from tests.crash.commands import COMMANDS, Command
 from tests.crash.faults import FAULTS, Fault, failing
@@ -108,3 +111,15 @@ def test_the_call_that_is_meant_fails(tmp_path: Path) -> None:
         assert os.pread(fds[0], 4, 0) == b"ab"
     for fd in fds:
         os.close(fd)
+
+
+def test_a_flush_whose_error_is_swallowed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is the new one, and may not last."""
+    real = ImageFile.barrier
+
+    def barrier(file: ImageFile) -> None:
+        with contextlib.suppress(FlushError):
+            real(file)
+
+    monkeypatch.setattr(ImageFile, "barrier", barrier)
+    assert try_out(named(COMMANDS, "merge"), SHAPES[0], named(FAULTS, "flush error")).bad
