@@ -131,18 +131,20 @@ def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
 
 
 def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
-    """True if somebody else has a cluster that a later stage fills, or one behind the old end of the file."""
+    """True if somebody else has put something into a cluster behind the old end of the file, and counted it.
+
+    Before that end a repair may have used again what was counted before, which tells nothing; and what is counted
+    behind the end of a file that was cut off is zeroes.
+    """
     counts = DiskRefcounts(image)
     if counts.is_dirty and not any(record.offset <= FEATURES.start < record.end for record in undo.records):
         return True  # whoever writes so counts nothing before he closes the image
-    own, later = set[int](), set(counts.clusters(undo.size_before + counts.cluster_size - 1, image.size))
+    behind = set(counts.clusters(undo.size_before + counts.cluster_size - 1, image.size))
     for record in undo.records:
         if record.filled and record.stage <= reached:
-            own.update(counts.clusters(record.offset, record.offset + record.filled))
-        # What held something was counted before as well, if a repair has used it again.
-        elif record.filled and record.old_at is None and not _is_as_before(undo, image, record):
-            later.update(counts.clusters(record.offset, record.offset + record.filled))
-    return any(map(counts.get, later - own))
+            behind.difference_update(counts.clusters(record.offset, record.offset + record.filled))
+    size = counts.cluster_size
+    return any(counts.get(cluster) and any(image.read_padded(cluster * size, size)) for cluster in behind)
 
 
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
