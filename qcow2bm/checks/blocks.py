@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from ..format.vectors import Clusters, Words
+from ..format.vectors import Clusters, Words, clusters_at
 from .bulk import BulkCensus
 from .wrong import Mask, block_faults, words
 
@@ -36,7 +36,7 @@ class BlockRuns:
         self.wrong = {code: np.where(mask, self.lengths, 0) for code, mask in masks.items()}
         self.references: Words = np.zeros(self.values.size, np.uint64)
         sound: Mask = ~np.logical_or.reduce([*masks.values()])
-        clusters = (self.values[sound] >> np.uint64(census.geometry.cluster_bits)).view(np.int64)
+        clusters = clusters_at(self.values[sound], census.geometry)
         before = _before(clusters, self.lengths[sound], census, counted=counted)
         self.references[sound] = np.minimum(before + self.lengths[sound].view(np.uint64), np.uint64(census.most))
         self.wrong[SHARED] = np.zeros_like(self.lengths)

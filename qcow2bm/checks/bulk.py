@@ -19,7 +19,7 @@ import numpy as np
 
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from ..format.geometry import SUBCLUSTERS, Geometry
-from ..format.vectors import Clusters, Refcounts, Words, compressed_clusters
+from ..format.vectors import Clusters, Refcounts, Words, clusters_at, compressed_clusters
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use
 from .counters import Array, Counters
 from .flags import CopiedFlags, index_ranges
@@ -67,7 +67,7 @@ class BulkCensus(Census):
         odd = places & np.uint64(size - 1) != 0
         odd |= places > np.uint64(max(0, self.file_size - size))
         self._count_structures(self._touched(places[odd]), weight)
-        self._count_structures((places[~odd] >> np.uint64(self.geometry.cluster_bits)).view(np.int64), weight)
+        self._count_structures(clusters_at(places[~odd], self.geometry), weight)
 
     def count_each(self, clusters: Sequence[int], weight: int) -> None:
         self._count_structures(np.fromiter(clusters, np.int64, len(clusters)), weight)
@@ -78,7 +78,7 @@ class BulkCensus(Census):
 
     def add_bitmap_data(self, offsets: Words) -> None:
         """Count data clusters of bitmaps that begin in the file, each as often as it comes; 0 is none."""
-        clusters = (offsets[offsets != 0] >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
+        clusters = clusters_at(offsets[offsets != 0], self.geometry)
         self.clusters = max(self.clusters, int(clusters.max(initial=-1)) + 1)
         self._counts[Use.BITMAP].add_each(clusters, 1)
 
@@ -88,8 +88,7 @@ class BulkCensus(Census):
             self._counts[Use.REPEATED].add_each(clusters, weight - 1)
 
     def add_unshared(self, offsets: Sequence[int]) -> bool:
-        clusters = np.fromiter(offsets, np.uint64, len(offsets)) >> np.uint64(self.geometry.cluster_bits)
-        places = np.unique(clusters.view(np.int64))
+        places = np.unique(clusters_at(np.fromiter(offsets, np.uint64, len(offsets)), self.geometry))
         if places.size < len(offsets) or int(places.max(initial=0)) >= self.clusters:
             return False
         if any(counts.any_of(places) for counts in self._counts.values()):
@@ -208,7 +207,7 @@ class BulkCensus(Census):
     def _touched(self, offsets: Words) -> Clusters:
         """The clusters touched by ranges of a cluster's length that do not reach outside the file; 0 begins none."""
         offsets = offsets[(offsets != 0) & (offsets < np.uint64(self.file_size))]
-        first = (offsets >> np.uint64(self.geometry.cluster_bits)).view(np.int64)
+        first = clusters_at(offsets, self.geometry)
         unaligned: Mask = offsets & np.uint64(self.geometry.cluster_size - 1) != 0
         clusters: Clusters = np.concatenate([first, first[unaligned] + 1])
         self.clusters = max(self.clusters, int(clusters.max(initial=-1)) + 1)

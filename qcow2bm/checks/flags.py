@@ -12,7 +12,7 @@ import numpy as np
 from ..format.entries import COPIED, OFFSET_MASK, REFCOUNT_BLOCK_MASK
 from ..format.geometry import Geometry
 from ..format.limits import MAX_FILE_SIZE
-from ..format.vectors import Clusters, Words
+from ..format.vectors import Clusters, Words, clusters_at
 from .stored import StoredRefcounts, block_rows
 from .wrong import Mask, words
 
@@ -92,8 +92,7 @@ class CopiedFlags:
                 yield start + int(found[first]), stop - first, int(stored[first])
 
     def _clusters(self, values: Words) -> Clusters:
-        offsets = values & np.uint64(OFFSET_MASK)
-        return (offsets >> np.uint64(self._geometry.cluster_bits)).view(np.int64)
+        return clusters_at(values & np.uint64(OFFSET_MASK), self._geometry)
 
     def _refcounts(self, clusters: Clusters) -> Words:
         """The refcounts of some clusters, a refcount block at a time; 0 where there is none."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..format.entries import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, ZERO
 from ..format.geometry import ALL_SUBCLUSTERS, SUBCLUSTERS, Geometry
-from ..format.vectors import Clusters, Words, compressed_clusters
+from ..format.vectors import Clusters, Words, clusters_at, compressed_clusters
 from .wrong import Mask, is_standard, split_words
 
 
@@ -40,7 +40,7 @@ class L2Words:
     @cached_property
     def clusters(self) -> Clusters:
         """The cluster that each lies in as one."""
-        return (self.offsets >> np.uint64(self._geometry.cluster_bits)).view(np.int64)
+        return clusters_at(self.offsets, self._geometry)
 
     @cached_property
     def lowest(self) -> int:

@@ -392,6 +392,8 @@ FAILURES: dict[str, Callable[[Finding, Inspection], Failure]] = {
 """Code to how a check ends early."""
 FAILED = "Invalid argument"
 """The reason of all other failures."""
+REMARK = "qcow2bm: "
+"""What lines of the program's own begin with, as those of qemu-img do with its name."""
 
 
 def lines(finding: Finding, totals: Totals) -> Iterator[str]:
@@ -403,7 +405,7 @@ def lines(finding: Finding, totals: Totals) -> Iterator[str]:
             yield from repeat(line, finding.count)
         else:
             yield line
-            yield f"qcow2bm: that counts {finding.count} times"
+            yield f"{REMARK}that counts {finding.count} times"
     elif finding.code in _RUNS:
         values, word = finding.values, _RUNS[finding.code]
         counts = f"refcount={values['refcount']} reference={values['references']}"

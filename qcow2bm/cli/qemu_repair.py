@@ -20,7 +20,7 @@ from ..image.overlay import OverlayFile
 from ..repair.as_qemu.model import Event, Mode, Notice
 from ..repair.as_qemu.repair import Repair
 from .failures import Postponed
-from .qemu_check_text import lines
+from .qemu_check_text import REMARK, lines
 from .qemu_checking import check, disk_clusters, give_up, opened_as_qemu
 from .qemu_options import RefusedError
 from .qemu_totals import Totals
@@ -91,7 +91,7 @@ def words(event: Event, totals: Totals) -> Iterator[str]:
         yield _WORDS[event.what](event.values)
     elif event.what.qemu in (InQemu.CORRUPTION, InQemu.LEAK, InQemu.ERROR):
         for line in lines(event.what, totals):
-            yield "Repairing " + line.partition(" ")[2] if event.mended else line
+            yield "Repairing " + line.partition(" ")[2] if event.mended and not line.startswith(REMARK) else line
 
 
 # The work

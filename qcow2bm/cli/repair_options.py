@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..repair.model import Salvage, Scope
+from .disks import DiskFormat
 
 
 class Allow(StrEnum):
@@ -51,15 +52,8 @@ AgainstOption = Annotated[
 ]  # fmt: skip
 
 
-class BaseFormat(StrEnum):
-    """Formats of BASE."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
-
-
 AgainstFormatOption = Annotated[
-    BaseFormat | None,
+    DiskFormat | None,
     typer.Option(
         "--against-format", show_default=False,
         help="The format of BASE. A raw copy need not say so; what looks like qcow2 may be a raw disk with one inside.",

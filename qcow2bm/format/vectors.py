@@ -24,6 +24,11 @@ _COUNTED_AT_ONCE = 1 << 22
 """L1 entries that are kept before they are counted."""
 
 
+def clusters_at(offsets: Words, geometry: Geometry) -> Clusters:
+    """The cluster that each host offset lies in."""
+    return (offsets >> np.uint64(geometry.cluster_bits)).view(np.int64)
+
+
 def host_clusters(table: bytes, geometry: Geometry) -> tuple[Clusters, Clusters]:
     """First and last host cluster that each entry of one or more L2 tables refers to; 0 and -1 for none.
 

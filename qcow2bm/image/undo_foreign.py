@@ -6,33 +6,27 @@ tell whose they are; but whoever else takes one counts it, or says by the dirty 
 
 from __future__ import annotations
 
+from ..errors import Qcow2bmError
 from ..format.entries import get_refcount, refcount_block_offset
-from ..format.header import MAGIC, Incompatible
-from ..format.limits import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
+from ..format.faults import Weight
+from ..format.header import Header, Incompatible
+from ..format.limits import MAX_CLUSTER_BITS
 from .file import ImageFile
-
-_MAX_ORDER = 6
 
 
 class DiskRefcounts:
     """The refcounts of an image that a crash may have torn: what its header says of them is believed, nothing else.
 
     Attributes:
-        cluster_size: in bytes.
+        cluster_size: in bytes; the largest there is where the header cannot be read.
         is_dirty: refcounts on the disk may be too low.
     """
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
-        head = image.read_padded(0, 104)
-        version = int.from_bytes(head[4:8], "big")
-        bits, order = int.from_bytes(head[20:24], "big"), int.from_bytes(head[96:100], "big") if version >= 3 else 4
-        self._table = int.from_bytes(head[48:56], "big")
-        self._known = head[:4] == MAGIC and MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS and order <= _MAX_ORDER
-        self.cluster_size, self._order = 1 << bits if self._known else 1 << MAX_CLUSTER_BITS, order
-        self._entries = (int.from_bytes(head[56:60], "big") << bits) // 8 if self._known else 0
-        features = int.from_bytes(head[72:80], "big") if version >= 3 else 0
-        self.is_dirty = bool(features & Incompatible.DIRTY)
+        self._header = _header(image)
+        self.cluster_size = self._header.geometry.cluster_size if self._header else 1 << MAX_CLUSTER_BITS
+        self.is_dirty = bool(self._header and self._header.incompatible_features & Incompatible.DIRTY)
 
     def clusters(self, start: int, stop: int) -> range:
         """The clusters that a range of host offsets touches."""
@@ -40,14 +34,25 @@ class DiskRefcounts:
 
     def get(self, cluster: int) -> int:
         """A refcount; 0 where that cannot be told."""
-        if not self._known:
+        header = self._header
+        if header is None:
             return 0
-        index, within = divmod(cluster, 8 * self.cluster_size >> self._order)
-        if index >= self._entries:
+        index, within = divmod(cluster, header.geometry.refcounts_per_block)
+        if index >= header.refcount_table_clusters * self.cluster_size // 8:
             return 0
-        block = refcount_block_offset(int.from_bytes(self._image.read_padded(self._table + 8 * index, 8), "big"))
-        if not block or block % self.cluster_size:
+        entry = self._image.read_padded(header.refcount_table_offset + 8 * index, 8)
+        block = refcount_block_offset(int.from_bytes(entry, "big"))
+        if not block or not header.geometry.is_aligned(block):
             return 0
-        first = within << self._order >> 3  # the byte in which it begins
-        data = self._image.read_padded(block + first, max(1, 1 << self._order >> 3))
-        return get_refcount(data, within - (first << 3 >> self._order), self._order)
+        first = within << header.refcount_order >> 3  # the byte in which it begins
+        data = self._image.read_padded(block + first, max(1, 1 << header.refcount_order >> 3))
+        return get_refcount(data, within - (first << 3 >> header.refcount_order), header.refcount_order)
+
+
+def _header(image: ImageFile) -> Header | None:
+    """The header, if it has a geometry."""
+    try:
+        header = Header.parse(image.read_padded(0, 1 << MAX_CLUSTER_BITS))
+    except Qcow2bmError:
+        return None
+    return None if any(fault.weight is Weight.FATAL for fault in header.faults()) else header

@@ -13,8 +13,9 @@ from functools import partial
 from typing import NamedTuple
 
 from ..checks.model import Finding, RepairClass
+from ..checks.stored import StoredRefcounts
 from ..errors import NoSpaceError
-from ..format.entries import refcount_block_offset, set_refcount, table_bytes, table_entries
+from ..format.entries import refcount_block_offset, set_refcount, table_bytes
 from ..format.geometry import Geometry, div_up
 from ..format.header import REFCOUNT_TABLE_FIELDS
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
@@ -214,12 +215,8 @@ class _Table:
     @property
     def _loaded(self) -> list[int]:
         if self._entries is None:
-            header = self._shop.image.header
-            self._offset = header.refcount_table_offset
-            length = header.refcount_table_clusters * self._geometry.cluster_size
-            sensible = length <= MAX_REFCOUNT_TABLE_BYTES and self._geometry.may_start(self._offset, length)
-            table = self._shop.file.read_padded(self._offset, length) if sensible else b""
-            self._entries = list(table_entries(table))
+            self._offset = self._shop.image.header.refcount_table_offset
+            self._entries = list(StoredRefcounts.read(self._shop.image).table)
         return self._entries
 
     def block(self, index: int) -> int:

@@ -59,7 +59,7 @@ def _named(view: View, finding: Finding) -> tuple[Clusters, Clusters]:
 
     from ..checks.wrong import bitmap_faults, words
     from ..format.entries import OFFSET_MASK
-    from ..format.vectors import compressed_clusters
+    from ..format.vectors import clusters_at, compressed_clusters
 
     structure = finding.location.structure
     if structure == "L2 table":
@@ -73,5 +73,5 @@ def _named(view: View, finding: Finding) -> tuple[Clusters, Clusters]:
     else:
         _, values, mask = l1_masked(view, finding)
     offsets = values[mask] & np.uint64(OFFSET_MASK)
-    reach, shift = np.uint64(view.geometry.cluster_size - 1), np.uint64(view.geometry.cluster_bits)
-    return (offsets >> shift).view(np.int64), (offsets + reach >> shift).view(np.int64)
+    reach = np.uint64(view.geometry.cluster_size - 1)
+    return clusters_at(offsets, view.geometry), clusters_at(offsets + reach, view.geometry)

@@ -12,7 +12,9 @@ from qcow2bm.checks import view
 from qcow2bm.checks.model import Location
 from qcow2bm.checks.problems import found
 from qcow2bm.cli.qemu_check_text import lines
+from qcow2bm.cli.qemu_repair import words
 from qcow2bm.cli.qemu_totals import Totals
+from qcow2bm.repair.as_qemu.model import Event
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import OFFSET, Raw
 from tests.support.tools import run
@@ -29,6 +31,14 @@ def test_a_line_is_said_as_often_as_it_counts_until_that_has_no_end() -> None:
     assert said(1_000_000_000) == [line, "qcow2bm: that counts 1000000000 times"]
     assert said(3) == [line] * 3
     assert said(2) == [line, "qcow2bm: that counts 2 times"]
+
+
+def test_a_line_that_is_mended_keeps_the_remark_how_often_it_counts() -> None:
+    """Only the line that QEMU has says in a repair that it is mended."""
+    finding = found("l1-entry-reserved", "", Location("L1 table"), count=9, entry=1)
+    first, remark = words(Event(finding, mended=True), Totals(repeats=0))
+    assert first.startswith("Repairing ")
+    assert remark == "qcow2bm: that counts 9 times"
 
 
 @pytest.mark.parametrize("limit", [1 << 19, 0], ids=["visit by visit", "table by table"])

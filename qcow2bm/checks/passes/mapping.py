@@ -79,12 +79,10 @@ def _bounded(view: View) -> Iterator[Finding]:
 def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterator[Finding]:
     """One L1 table: itself, its entries, and its L2 tables that want a closer look and have not had one."""
     table = "active L1 table" if root.snapshot is None else "L1 table of a snapshot"
+    where = Location(table, root.offset, snapshot=root.name)
     if root.fault is not None:
         if root.snapshot is not None:
-            text, where = (
-                f"snapshot {root.name}: {root.fault.message}",
-                Location(table, root.offset, snapshot=root.name),
-            )
+            text = f"snapshot {root.name}: {root.fault.message}"
             yield found(root.fault.code, text, where, offset=root.offset, entries=root.entries)
         return
     if not view.census.add(Use.STRUCTURE, root.offset, 8 * root.entries):
@@ -92,12 +90,10 @@ def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterato
         text = f"the {table} ({8 * root.entries} bytes at {root.offset:#x}) lies outside the file"
         unreadable = root.snapshot is not None and not view.geometry.may_start(root.offset, 8 * root.entries)
         qemu = InQemu.FAILS if unreadable else None
-        where = Location(table, root.offset, snapshot=root.name)
         yield found(code, text, where, qemu=qemu, offset=root.offset, size=8 * root.entries)
     entries = view.read_l1(root)
     if not entries:
         return
-    where = Location(table, root.offset, snapshot=root.name)
     size, cut = view.geometry.cluster_size, view.geometry.cluster_size - 1
 
     def is_odd(entry: int) -> bool:

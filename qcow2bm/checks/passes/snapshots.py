@@ -30,9 +30,14 @@ def snapshot_table(view: View) -> Iterator[Finding]:
         place = Location("snapshot table", header.snapshots_offset, index)
         finding = from_fault(unreadable(error), place)
         yield found(finding.code, finding.message, place, index=index, left=header.nb_snapshots - index)
+
+    def size_text(_: int, entry: SnapshotEntry) -> str:
+        needed = f"its disk of {entry.virtual_size} bytes needs {_needed(view, entry)}"
+        return f"its L1 table has {entry.l1_size} entries, {needed}"
+
     yield from incomplete(view)
     yield from _told(view, "snapshot-id", _same_ids(view), _id_text)
-    yield from _told(view, "snapshot-l1-too-small", with_too_small_tables(view), _size_text)
+    yield from _told(view, "snapshot-l1-too-small", with_too_small_tables(view), size_text)
 
 
 def incomplete(view: View) -> Iterator[Finding]:
@@ -58,8 +63,7 @@ def with_too_small_tables(view: View) -> Iterator[int]:
     for index, (offset, entry) in enumerate(view.snapshots):
         if offset >= view.file.size:
             return  # all zeroes
-        size = entry.virtual_size
-        if size is not None and size < 1 << 63 and entry.l1_size < div_up(size, view.geometry.l2_span):
+        if entry.l1_size < _needed(view, entry):
             yield index
 
 
@@ -71,8 +75,10 @@ def _id_text(index: int, entry: SnapshotEntry) -> str:
     return f"snapshot {index} has " + (f"the id {decode_name(entry.id)} of another" if entry.id else "no id")
 
 
-def _size_text(_: int, entry: SnapshotEntry) -> str:
-    return f"its L1 table has {entry.l1_size} entries, its disk of {entry.virtual_size} bytes needs more"
+def _needed(view: View, entry: SnapshotEntry) -> int:
+    """Entries of an L1 table that the disk of a snapshot needs; 0 if its size says nothing sensible."""
+    size = entry.virtual_size
+    return div_up(size, view.geometry.l2_span) if size is not None and size < 1 << 63 else 0
 
 
 def _told(view: View, code: str, indices: Iterable[int], say: Callable[[int, SnapshotEntry], str]) -> Iterator[Finding]:
