@@ -36,7 +36,7 @@ from .algebra import Grained, Ranges, combine, covering, marking, regrained
 from .bits import BitVector
 from .chunks import ONES, ZEROES, Op
 from .draft import Draft, Drafts, Source, require_granularity
-from .store import BitmapDirectory, State, not_found, require_ready
+from .store import BitmapDirectory, State, StoredBitmap, not_found, require_ready
 from .write import plan_changes
 
 
@@ -85,6 +85,11 @@ class Edit:
                 raise BitmapNotFoundError(f"no bitmap matches '{pattern}'")
             chosen.update(matching)
         return [name for name in names if name in chosen]
+
+    def broken(self) -> list[StoredBitmap]:
+        """The broken bitmaps that stay: QEMU refuses most images that have one."""
+        stored = (draft.stored for draft in self.drafts)
+        return [bitmap for bitmap in stored if bitmap is not None and bitmap.state is State.BROKEN]
 
     def require_usable(self, name: str) -> None:
         """Raise BitmapNotFoundError, BitmapInconsistentError or BitmapBrokenError unless edits may use the bitmap."""

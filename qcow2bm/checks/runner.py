@@ -35,8 +35,8 @@ Passes = tuple[Callable[[View], Iterator[Finding]], ...]
 OPENING: Passes = (
     header.header,
     header.extensions,
+    storage.refusals,
     storage.data_file,
-    storage.encryption,
     bitmaps.directory,
 )
 """What QEMU looks at when it opens an image, and may refuse it for."""

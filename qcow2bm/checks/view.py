@@ -278,9 +278,3 @@ def snapshot_name(entry: SnapshotEntry) -> str:
 
 def _as_c_string(name: bytes) -> str:
     return decode_name(name.partition(b"\0")[0])
-
-
-def unreadable(error: CorruptImageError) -> Fault:
-    """What a parser raised, as the fault it is."""
-    assert error.code is not None, f"no problem has been named for: {error.message}"
-    return Fault(error.code, error.message)

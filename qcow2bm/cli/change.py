@@ -15,7 +15,7 @@ from ..errors import UsageError, naming
 from ..image.plan import DataFile, DiskSize, Plan, Stage
 from .committing import commit, reporting
 from .options import DryRunOption, NoLockOption, OutputOption, ProgressOption, UndoOption
-from .output import JsonObject, Output, print_json
+from .output import JsonObject, Output, print_json, warn
 from .progress import ProgressBar
 from .reading import bitmaps_json, warn_opened
 from .sizes import human_size
@@ -77,6 +77,7 @@ def change(path: Path, edit: Callable[[api.Image, Edit], object], how: How) -> i
         image.qcow2.require_writable()
         draft = image.draft()
         edit(image, draft)
+        _warn_of_broken(path, draft)
         return draft.plan()
 
     return change_as_planned(path, drafted, how)
@@ -99,6 +100,16 @@ def change_as_planned(path: Path, planned: Callable[[api.Image], Plan], how: How
             with reporting(path):
                 _print_result(image, plan, how)
     return 0
+
+
+def _warn_of_broken(path: Path, draft: Edit) -> None:
+    """The change is sound, and the image may still not open: who starts a VM next wants to know."""
+    broken = draft.broken()
+    if broken:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        what = f"bitmap '{broken[0].name}' is broken ({broken[0].fault}){others}"
+        ways = "`qcow2bm repair --only bitmaps` or `qcow2bm remove` takes it out"
+        warn(f"{what}: QEMU may refuse the whole image as long as it stays; {ways}", path)
 
 
 def chosen(draft: Edit, names: list[str] | None, patterns: list[str] | None) -> list[str]:

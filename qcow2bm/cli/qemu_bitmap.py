@@ -132,6 +132,8 @@ def _carry_out(request: Request) -> int:
                 edit = _draft(image, request)
                 for action, argument in request.actions:
                     _act(edit, action, argument, source, request)
+                if edit.broken():  # of which QEMU says what it makes of them, and mostly opens no such image
+                    raise ForeignError
                 commit(image, edit.plan())
         except Qcow2bmError as error:
             raise RefusedError(str(error)) from None

@@ -201,14 +201,14 @@ REFUSALS: dict[str, Refusal] = {
     "encryption-method": lambda _, seen: f"Unsupported encryption method {seen.header.crypt_method}",
     "extension-too-long": _says("Header extension too large"),
     "backing-format-length": lambda finding, _: (
-        f"ERROR: ext_backing_format: len={finding.values['length']} too large (>=16)"
+        f"ERROR: ext_backing_format: len={finding.values['value']} too large (>=16)"
     ),
     "encryption-extension-unexpected": _says("CRYPTO header extension only expected with LUKS encryption method"),
     "encryption-extension-length": _crypto_length,
     "encryption-header-offset": lambda finding, seen: (
         "Could not read encryption header: Input/output error"
-        if seen.header.geometry.is_aligned(finding.values["offset"])
-        else f"Encryption header offset '{finding.values['offset']}' is not a multiple of cluster size "
+        if seen.header.geometry.is_aligned(finding.values["value"])
+        else f"Encryption header offset '{finding.values['value']}' is not a multiple of cluster size "
         f"'{seen.header.geometry.cluster_size}'"
     ),
     "encryption-header-size": _says("Request for data outside of extension header"),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ..errors import CorruptImageError
+
 
 class Weight(Enum):
     """What a fault means for whoever wants to read on."""
@@ -33,3 +35,9 @@ class Fault:
     code: str
     message: str
     weight: Weight = Weight.BREAKS
+
+    @classmethod
+    def of(cls, error: CorruptImageError) -> Fault:
+        """What a parser raised, as the fault it is."""
+        assert error.code is not None, f"no problem has been named for: {error.message}"
+        return cls(error.code, error.message)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ..errors import (
+    CorruptImageError,
     InterruptedChangeError,
     LockingUnavailableError,
     TruncatedImageError,
@@ -24,6 +25,7 @@ from ..format.extensions import CryptoHeaderPointer, ExtensionArea, ExtensionTyp
 from ..format.geometry import Geometry
 from ..format.header import CLUSTER_BITS_FIELD, MAGIC, V3_LENGTH, Header, Incompatible
 from ..format.limits import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
+from ..format.opening import opening_faults
 from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from ..format.text import decode_name
 from . import lock
@@ -133,11 +135,12 @@ class Qcow2Image:
         self.close()
 
     def require_writable(self) -> None:
-        """Refuse what the specification forbids to write to.
+        """Refuse what the specification forbids to write to, and what QEMU would not open afterwards.
 
         Raises:
             UnsupportedImageError: the corrupt bit is set, or the dirty bit, which means that the refcounts are not to
                 be trusted.
+            CorruptImageError: QEMU would not open the image for what its extensions say.
         """
         if self.header.incompatible_features & Incompatible.CORRUPT:
             raise UnsupportedImageError(
@@ -149,6 +152,9 @@ class Qcow2Image:
                 "it is marked dirty: its refcounts were left behind by a crash",
                 hint="`qcow2bm repair` brings them up to date",
             )
+        for fault, _, _ in opening_faults(self.header, self.extensions, self.file.read_padded):
+            hint = "QEMU refuses such an image; `qcow2bm check` says what can be done"
+            raise CorruptImageError(fault.message, hint=hint, code=fault.code)
 
     @property
     def crypto_header(self) -> CryptoHeaderPointer | None:

@@ -85,6 +85,7 @@ class Workshop:
         self._inspection: Inspection | None = None
         self._tally = Tally(DEFAULT_LIMIT)
         self._is_stale = True
+        self._wrote = False
         self._findings: dict[str, list[Finding]] = {}
         self._shared = self._outside = Spans()
         self._too_many = False
@@ -200,6 +201,7 @@ class Workshop:
             frozenset(self.uncounted),
             len(self.kept),
         )
+        self._wrote = False
 
     def take_back(self) -> None:
         """Forget all that the step has done."""
@@ -212,7 +214,7 @@ class Workshop:
         del self.kept[before.kept :]
         step.edits.clear()
         step.edits_left_out = 0
-        self._is_stale = True
+        self._is_stale = self._is_stale or self._wrote
 
     def write(self, offset: int, new: bytes, purpose: str, *, owned: bool = False) -> None:
         """Change bytes; what is the same already is left out.
@@ -231,7 +233,7 @@ class Workshop:
             raise ProofError(text, hint="the two must be told apart first")
         self._note(Patch(offset, len(new), old[:_SHOWN], new[:_SHOWN], purpose))
         self.file.write_at(offset, new)
-        self._is_stale = True
+        self._is_stale = self._wrote = True
 
     def _note(self, edit: Patch) -> None:
         assert self._step is not None
@@ -251,7 +253,7 @@ class Workshop:
         length = geometry.clusters(len(data)) * geometry.cluster_size
         self.write(offset, data.ljust(length, b"\0"), purpose)
         self.file.truncate(offset + length)
-        self._is_stale = True
+        self._is_stale = self._wrote = True
         return offset
 
     def copy(self, offset: int) -> int:
@@ -260,7 +262,7 @@ class Workshop:
         place = self.take()
         self._note(Patch(place, size, b"", self.file.read_padded(offset, min(size, _SHOWN)), f"copy from {offset:#x}"))
         self.file.copy(offset, place, size)
-        self._is_stale = True
+        self._is_stale = self._wrote = True
         return place
 
     def take(self, count: int = 1) -> int:
@@ -332,7 +334,7 @@ class Workshop:
                 self._end = max(self._end, -(-write.end // size))
             self.write(write.offset, bytes(write.read()), write.purpose)
         self.file.truncate(plan.size_after)
-        self._is_stale = True
+        self._is_stale = self._wrote = True
 
     def plan(self, summary: Sequence[str]) -> Plan:
         """All that has been changed, as one plan for the file below."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from ...errors import CorruptImageError
-from ...format.extensions import BitmapsExtension, CryptoHeaderPointer, Extension, ExtensionType
 from ...format.faults import Fault
 from ...format.header import KNOWN_AUTOCLEAR, Incompatible, field_offset
 from ..model import Finding, Location
 from ..problems import found, from_fault
-from ..view import View, unreadable
-
-_MAX_FORMAT_NAME = 15
-"""Bytes of a backing format's name that QEMU has room for."""
+from ..view import View
 
 
 def header(view: View) -> Iterator[Finding]:
@@ -46,22 +41,6 @@ def extensions(view: View) -> Iterator[Finding]:
         where = Location("extensions", extension.offset, index)
         if extension.type in seen:
             yield found("extension-duplicate", f"a second extension {extension.type_name}", where)
-            yield from _second(extension, where)
         seen.add(extension.type)
         if any(extension.padding):
             yield found("extension-padding", f"padding of extension {extension.type_name} is not zero", where)
-        if extension.type == ExtensionType.BACKING_FORMAT and len(extension.data) > _MAX_FORMAT_NAME:
-            text = f"the backing format's name has {len(extension.data)} bytes, QEMU takes {_MAX_FORMAT_NAME}"
-            yield found("backing-format-length", text, where, length=len(extension.data))
-
-
-def _second(extension: Extension, where: Location) -> Iterator[Finding]:
-    """The length of an extension that is there again: QEMU looks at each."""
-    parse: dict[int, Callable[[bytes], object]] = {
-        ExtensionType.BITMAPS: BitmapsExtension.parse,
-        ExtensionType.CRYPTO_HEADER: CryptoHeaderPointer.parse,
-    }
-    try:
-        parse.get(extension.type, bytes)(extension.data)
-    except CorruptImageError as error:
-        yield from_fault(unreadable(error), where)

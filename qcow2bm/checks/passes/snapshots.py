@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ...errors import CorruptImageError
+from ...format.faults import Fault
 from ...format.geometry import div_up
 from ...format.snapshot_table import NEEDED_EXTRA_DATA, SnapshotEntry, parse_snapshots
 from ...format.text import decode_name
 from ..model import Finding, Location
 from ..problems import found, from_fault
-from ..view import View, snapshot_name, unreadable
+from ..view import View, snapshot_name
 
 
 def snapshot_table(view: View) -> Iterator[Finding]:
@@ -28,7 +29,7 @@ def snapshot_table(view: View) -> Iterator[Finding]:
         view.complete = False
         index = len(view.snapshots)
         place = Location("snapshot table", header.snapshots_offset, index)
-        finding = from_fault(unreadable(error), place)
+        finding = from_fault(Fault.of(error), place)
         yield found(finding.code, finding.message, place, index=index, left=header.nb_snapshots - index)
 
     def size_text(_: int, entry: SnapshotEntry) -> str:
