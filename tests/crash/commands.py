@@ -14,6 +14,8 @@ from unittest.mock import patch
 
 from qcow2bm import __main__
 from qcow2bm.image.file import ImageFile
+from qcow2bm.image.undo_layout import State
+from qcow2bm.image.undo_reader import UndoReader
 from tests.crash.disk import Folder
 from tests.crash.recorder import recorded
 from tests.crash.shapes import Shape
@@ -213,12 +215,12 @@ def _cut_short(image: Path, shape: Shape) -> None:
         _quietly("repair", image, "--yes", "--no-undo")
     with contextlib.closing(ImageFile.open(image)) as file:
         journal = file.journal
-    named, removed = (
-        next(number for number, op in enumerate(ops) if (op.kind, op.name) == (kind, journal.name))
-        for kind in ("link", "unlink")
-    )
-    before.after(ops[: (named + removed) // 2 + 1]).write(image.parent)
-    assert journal.exists()
+    removed = next(number for number, op in enumerate(ops) if (op.kind, op.name) == ("unlink", journal.name))
+    file_number = before.names[image.name]
+    written = [number for number, op in enumerate(ops[:removed]) if (op.kind, op.file) == ("write", file_number)]
+    before.after(ops[: written[len(written) // 2] + 1]).write(image.parent)
+    with UndoReader(journal) as reader:
+        assert reader.state is State.IN_PROGRESS
 
 
 def _another(image: Path, shape: Shape) -> None:

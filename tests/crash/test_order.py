@@ -1,78 +1,81 @@
-"""What leads back is on the disk, whole and by its name, before the image is overwritten.
-
-That a folder is flushed no state of the model can show, in which names reach the disk in their order; so it is seen by
-the calls themselves.
-"""
+"""The order in which a change, its journal and its undo file reach the disk."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from qcow2bm.image import undo, undo_writer
+from qcow2bm.image.file import JOURNAL_SUFFIX
+from qcow2bm.image.undo_reader import UndoReader
 from tests.crash.commands import COMMANDS
-from tests.crash.disk import Op
+from tests.crash.order import (
+    History,
+    a_journal_outlives_what_it_journals,
+    it_is_noted_first,
+    names_are_made_certain,
+    stages_are_put_back_one_by_one,
+)
 from tests.crash.recorder import recorded
 from tests.crash.shapes import SHAPES
 from tests.crash.trial import Trial, named
 
-WITH = (
-    ("merge, with undo", SHAPES[0].name),
-    ("undo", SHAPES[0].name),
-    ("remove the last", "extension outside the first sector"),
-    ("repair refcounts", SHAPES[0].name),
-    ("repair mappings", SHAPES[0].name),
-    ("undo of a repair", SHAPES[0].name),
-    ("shrink to little", SHAPES[0].name),
-)
-"""Commands with an undo file, a journal or both, and a shape."""
+SHAPE = named(SHAPES, "64 KiB clusters")
+JOURNALED = ("repair refcounts", "undo of a repair", "after a crash", "check -r all")
+UNDONE = {"undo": "undo", "undo of a repair": "undo", "after a crash": f"image.qcow2{JOURNAL_SUFFIX}"}
+"""Commands that put something back, and the file that it comes from."""
+
+Stages = list[tuple[range, int]]
 
 
-@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
-@pytest.mark.parametrize(("command", "shape"), WITH)
-def test_what_leads_back_is_on_the_disk_first(
-    tmp_path: Path, command: str, shape: str, links: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not links:
-        monkeypatch.setattr(undo_writer, "second_name", lambda *_: False)
-        monkeypatch.setattr(undo, "second_name", lambda *_: False)
-    trial = Trial(tmp_path, named(COMMANDS, command), named(SHAPES, shape))
-    with recorded(tmp_path) as ops:
+def history(folder: Path, command: str, undo: str | None = None) -> tuple[History, Stages]:
+    """What a command does, and what an undo file says of the image beforehand."""
+    trial = Trial(folder, named(COMMANDS, command), SHAPE)
+    stages: Stages = []
+    if undo is not None:
+        with UndoReader(folder / undo) as reader:
+            stages = [(range(record.offset, record.end), record.stage) for record in reader.records]
+    with recorded(folder) as ops:
         trial.run()
-    image = trial.before.names[trial.image.name]
-    begun = [place for place, op in enumerate(ops) if op.kind == "write" and op.file == image]
-    assert begun, "nothing was written"
-    for place in begun:
-        assert not (wrong := not_on_the_disk(ops[:place], image)), wrong
+    return History(trial.before, ops, trial.before.names[trial.image.name]), stages
 
 
-def test_a_name_that_may_be_lost_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This proof can fail as well."""
-    monkeypatch.setattr(undo_writer, "sync_folder", lambda _: None)
-    with pytest.raises(AssertionError, match="may be lost"):
-        test_what_leads_back_is_on_the_disk_first(tmp_path, *WITH[0], links=True, monkeypatch=monkeypatch)
+def without(seen: History, *kinds: str) -> History:
+    """The same, with no flushes of a kind."""
+    return replace(seen, ops=[op for op in seen.ops if op.kind not in kinds])
 
 
-def not_on_the_disk(ops: list[Op], image: int) -> str:
-    """What of the other files may be lost by a power cut after these operations; or an empty string."""
-    unflushed: dict[int, list[int]] = defaultdict(list)
-    unnamed: set[str] = set()
-    for op in ops:
-        match op.kind:
-            case "write" if op.file != image:
-                if op.offset == 0 and any(at >= 512 for at in unflushed[op.file]):
-                    return "a header says that the file is whole, and what it speaks of may not be on the disk"
-                unflushed[op.file].append(op.offset)
-            case "flush":
-                unflushed.pop(op.file, None)
-            case "link":
-                unnamed.add(op.name)
-            case "unlink":
-                unnamed.discard(op.name)
-            case "flush folder":
-                unnamed.clear()
-    if unnamed:
-        return f"the name {unnamed} may be lost"
-    return "its bytes may be lost" if any(unflushed.values()) else ""
+@pytest.mark.parametrize("command", [*JOURNALED, "merge, with undo", "undo"])
+def test_no_name_comes_or_goes_without_a_flush_of_the_folder(command: str, tmp_path: Path) -> None:
+    seen, _ = history(tmp_path, command)
+    assert not list(names_are_made_certain(seen))
+    if any(op.kind in ("link", "unlink") for op in seen.ops):
+        assert list(names_are_made_certain(without(seen, "flush folder")))
+
+
+@pytest.mark.parametrize("command", JOURNALED)
+def test_a_journal_goes_when_the_image_is_on_the_disk_and_its_other_name_says_so(command: str, tmp_path: Path) -> None:
+    seen, _ = history(tmp_path, command)
+    assert not list(a_journal_outlives_what_it_journals(seen))
+    assert list(a_journal_outlives_what_it_journals(without(seen, "flush")))
+
+
+@pytest.mark.parametrize("command", ["merge, with undo", "make refcounts anew", "undo", "undo of a repair"])
+def test_an_undo_file_says_first_that_something_is_in_progress(command: str, tmp_path: Path) -> None:
+    seen, _ = history(tmp_path, command)
+    undo = next(
+        number for name, number in seen.before.after(seen.ops).names.items() if name.endswith(("undo", "qcow2bm-undo"))
+    )
+    assert not list(it_is_noted_first(seen, undo))
+    assert list(it_is_noted_first(without(seen, "flush"), undo))
+
+
+@pytest.mark.parametrize("command", UNDONE)
+def test_what_is_put_back_reaches_the_disk_stage_by_stage(command: str, tmp_path: Path) -> None:
+    seen, stages = history(tmp_path, command, UNDONE[command])
+    removed = [at for at, op in enumerate(seen.ops) if op.kind == "unlink"]
+    seen = replace(seen, ops=seen.ops[: removed[0] if removed else None])  # a repair that comes next goes forward
+    assert len({stage for _, stage in stages}) > 1
+    assert not list(stages_are_put_back_one_by_one(seen, stages))
+    assert list(stages_are_put_back_one_by_one(without(seen, "flush"), stages))

@@ -24,6 +24,7 @@ from tests.support.scenes import behind_another, three
 from tests.support.states import bitmaps
 
 MIB = 1 << 20
+BARRIER = (-1, 0)
 NEXT_COMMAND = "the next command that opens the image for writing puts the rest back"
 
 
@@ -39,6 +40,10 @@ class Torn(ImageFile):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self.written.append((offset, len(data)))
         super().write_at(offset, data)
+
+    def barrier(self) -> None:
+        self.written.append(BARRIER)
+        super().barrier()
 
 
 @pytest.fixture
@@ -95,6 +100,12 @@ def test_what_a_stage_stands_on_stays_where_the_stage_cannot_be_put_back(torn: T
     assert outcome.stuck == 1
     assert [torn.read_at(offset, 1) for offset in (0, 4096, 8192, 12288)] == [b"\1", b"\1", b"\0", b"\0"]
     assert os.fstat(torn.fd).st_size == 80 << 10
+
+
+def test_each_stage_is_on_the_disk_before_the_one_that_it_stands_on_is_touched(torn: Torn) -> None:
+    stages = [[replaced(offset, b"\0" * 512, in_use=True)] for offset in (0, 4096)]
+    assert roll_back(torn, stages, 48 << 10) == Outcome()
+    assert torn.written == [(4096, 512), BARRIER, (0, 512), BARRIER, BARRIER]  # the last one for the length
 
 
 def test_a_length_that_stays_is_told(torn: Torn, monkeypatch: pytest.MonkeyPatch) -> None:
