@@ -4,7 +4,7 @@ The corrupt bit keeps QEMU from writing to the image. But QEMU sets it too, when
 to an image that has it. So an autoclear bit that nobody defines stands beside it: whoever writes to the image must
 clear it, and QEMU's repair does. Where both are set nobody has opened the image for writing since. But `qemu-img
 commit` and a live block commit make writable what they have open already, and look at neither: what they have allocated
-is found by the refcounts (`undo_foreign.py`). The bits lie in one sector, and change together.
+is found by the refcounts (`disk_refcounts.py`). The bits lie in one sector, and change together.
 
 A header of version 2 has no such fields.
 """

@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..errors import TruncatedImageError
+from .disk_refcounts import DiskRefcounts
 from .file import ImageFile
 from .image import Qcow2Image
 from .mark import FEATURES, bracketed, with_mark
@@ -157,7 +158,8 @@ class OverlayFile(ImageFile):
 
         Args:
             image: the image as it is in the base.
-            fresh: numbers of the clusters that were free and have been filled.
+            fresh: numbers of the clusters that were free and have been filled. One that is counted in the base is
+                rewritten nevertheless: a count tells whoever finds the change cut short that somebody has taken it.
             kept: ranges of the base that the undo file is to keep.
             journaled: False where a change that is torn does no harm and there is no place for a journal.
         """
@@ -165,11 +167,12 @@ class OverlayFile(ImageFile):
         header: list[Write] = []
         filled: list[Write] = []
         rewritten: list[Write] = []
+        counts = DiskRefcounts(self.base)
         for offset, length in self._differing(size):
             new = partial(self.read_at, offset, length)
             if offset < size:
                 header.append(Write.replace(offset, self._base_bytes(offset, length), new(), "the header"))
-            elif offset // size in fresh:
+            elif offset // size in fresh and (offset >= self.base.size or not counts.get(offset // size)):
                 filled.append(Write(offset, length, new, "new clusters"))
             else:
                 rewritten.append(Write(offset, length, new, "rewritten in place", self._base_bytes(offset, length)))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..format.header import Incompatible
+from .disk_refcounts import DiskRefcounts
 from .file import ImageFile
 from .mark import FEATURES, features_of, has_mark
-from .undo_foreign import DiskRefcounts
 from .undo_layout import PIECE, crc
 from .undo_reader import Record, UndoReader
 
@@ -131,20 +131,25 @@ def is_own_work(undo: UndoReader, image: ImageFile) -> bool:
 
 
 def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
-    """True if somebody else has put something into a cluster behind the old end of the file, and counted it.
+    """True if somebody else has taken a cluster that the change has not counted: one to be filled, or a new one.
 
-    Before that end a repair may have used again what was counted before, which tells nothing; and what is counted
-    behind the end of a file that was cut off is zeroes.
+    What is counted behind the end of a file that was cut off is zeroes.
     """
     counts = DiskRefcounts(image)
     if counts.is_dirty and not any(record.offset <= FEATURES.start < record.end for record in undo.records):
         return True  # whoever writes so counts nothing before he closes the image
-    behind = set(counts.clusters(undo.size_before + counts.cluster_size - 1, image.size))
+    end = undo.size_before + counts.cluster_size - 1
+    inside, behind = set[int](), set(counts.clusters(end, image.size))
     for record in undo.records:
+        clusters = counts.clusters(record.offset, record.offset + record.filled)
         if record.filled and record.stage <= reached:
-            behind.difference_update(counts.clusters(record.offset, record.offset + record.filled))
+            behind.difference_update(clusters)
+        elif record.offset < undo.size_before:
+            inside.update(clusters if record.filled else ())
     size = counts.cluster_size
-    return any(counts.get(cluster) and any(image.read_padded(cluster * size, size)) for cluster in behind)
+    return any(map(counts.get, inside - behind)) or any(
+        counts.get(cluster) and any(image.read_padded(cluster * size, size)) for cluster in behind
+    )
 
 
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:

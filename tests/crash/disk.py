@@ -19,7 +19,7 @@ from tests.crash.choosing import Choose
 
 @dataclass(frozen=True)
 class Op:
-    """One thing done: `file` is the number of an inode, `name` a name in the folder."""
+    """One thing done: `file` is the number of a file, its inode's or that of a new one, `name` a name in the folder."""
 
     kind: Literal["write", "truncate", "flush", "link", "unlink", "flush folder"]
     file: int = 0
@@ -43,7 +43,7 @@ class Op:
 
 @dataclass
 class Folder:
-    """Files by inode number, the names that lead to them, and the time stamps of those that were read."""
+    """Files by number, the names that lead to them, and the time stamps of those that were read."""
 
     files: dict[int, bytes] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)

@@ -41,6 +41,7 @@ class _Recorder:
         self.ops: list[Op] = []
         self._folder = folder
         self._number = folder.stat().st_ino
+        self._made: dict[int, int] = {}
         self._real = {name: getattr(os, name) for name in _RECORDED}
 
     def _is_here(self, path: Any) -> bool:
@@ -49,16 +50,22 @@ class _Recorder:
     def _file(self, fd: int) -> int | None:
         """The number of an open file, if it lies in the folder."""
         place = Path(f"/proc/self/fd/{fd}").readlink()
-        return os.fstat(fd).st_ino if place.parent == self._folder else None
+        return self._number_of(os.fstat(fd).st_ino) if place.parent == self._folder else None
+
+    def _number_of(self, inode: int) -> int:
+        """A file's number: its inode's, but for a new file, which may have that of one that is gone."""
+        return self._made.get(inode, inode)
 
     def open(self, path: Any, flags: int, *args: Any, **options: Any) -> int:
         here = self._is_here(path)
         new = here and not os.path.lexists(path)
         fd: int = self._real["open"](path, flags, *args, **options)
+        inode = os.fstat(fd).st_ino
         if new:
-            self.ops.append(Op("link", os.fstat(fd).st_ino, _path(path).name))
+            self._made[inode] = -1 - len(self.ops)
+            self.ops.append(Op("link", self._number_of(inode), _path(path).name))
         elif here and flags & os.O_TRUNC:
-            self.ops.append(Op("truncate", os.fstat(fd).st_ino))
+            self.ops.append(Op("truncate", self._number_of(inode)))
         return fd
 
     def pwrite(self, fd: int, data: Any, offset: int) -> int:
@@ -88,7 +95,7 @@ class _Recorder:
     def link(self, source: Any, target: Any, **options: Any) -> None:
         self._real["link"](source, target, **options)
         if self._is_here(target):
-            self.ops.append(Op("link", _path(target).stat().st_ino, _path(target).name))
+            self.ops.append(Op("link", self._number_of(_path(target).stat().st_ino), _path(target).name))
 
     def unlink(self, path: Any, **options: Any) -> None:
         self._real["unlink"](path, **options)
@@ -96,7 +103,7 @@ class _Recorder:
             self.ops.append(Op("unlink", name=_path(path).name))
 
     def replace(self, source: Any, target: Any, **options: Any) -> None:
-        file = _path(source).stat().st_ino
+        file = self._number_of(_path(source).stat().st_ino)
         self._real["replace"](source, target, **options)
         if self._is_here(target):
             self.ops.append(Op("link", file, _path(target).name))

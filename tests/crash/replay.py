@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.crash.choosing import Choose
 from tests.crash.commands import Command
-from tests.crash.disk import State, states
+from tests.crash.disk import Folder, State, states
 from tests.crash.judge import Judge
 from tests.crash.recorder import recorded
 from tests.crash.shapes import Shape
@@ -43,6 +43,7 @@ def replay(
         trial = Trial(folder, command, shape, by_qemu=True)
         with recorded(folder) as ops:
             trial.run()
+        assert trial.before.after(ops).key == Folder.read(folder).key, "the states would be those of something else"
         judge = trial.judge()
         chooser = choose(seed)
         found = [state for size in sectors for state in states(trial.before, ops, size, chooser)]

@@ -76,6 +76,15 @@ def test_a_file_without_its_name_is_not_there() -> None:
     assert frozenset({("f", OLD), ("g", A)}) in found
 
 
+def test_a_new_file_is_another_one_although_it_may_have_the_inode_of_one_that_is_gone(tmp_path: Path) -> None:
+    with recorded(tmp_path) as ops:
+        for name in "fg":
+            os.close(os.open(tmp_path / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            (tmp_path / name).unlink()
+    first, second = (op.file for op in ops if op.kind == "link")
+    assert first != second
+
+
 def test_names_come_and_go_in_their_order() -> None:
     ops = [Op("link", 1, "second"), Op("unlink", name="f"), Op("flush folder")]
     names = {frozenset(name for name, _ in state) for state in all_states({"f": OLD}, ops)}

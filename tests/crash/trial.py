@@ -40,6 +40,7 @@ class Trial:
         self.settled = self.image.read_bytes()
         self._old = self._truth()
         self.before.write(folder)
+        self.before = Folder.read(folder)  # what settling had changed is another file now
 
     def _truth(self) -> Truth:
         return Truth.of(self.image, self._shape.secret, by_qemu=self._by_qemu)

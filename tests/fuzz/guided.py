@@ -117,7 +117,7 @@ def mutated(data: bytes, most: int, seed: int) -> bytes:
     if knowing is not None and chance.random() < 0.5:
         try:
             return (data[:1] + knowing(body, chance))[:most]
-        except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError, struct.error):
+        except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError, struct.error):
             pass  # no longer whole enough for those who know it
     if knowing is None:
         return data[:1] + _number(body, chance)[:most]

@@ -1,7 +1,8 @@
-"""Clusters that somebody has allocated since a crash cut a change short, by the refcounts on the disk.
+"""The refcounts of an image that may be damaged, or torn by a crash: one by one, and nothing else of it is believed.
 
-A change fills free clusters before it counts them. What a crash left in them may be torn, so their content does not
-tell whose they are; but whoever else takes one counts it, or says by the dirty bit that he counts nothing.
+They tell whose a cluster is that a change found free and was to fill. What a crash left in it may be torn, so its
+content does not tell; but a change fills clusters before it counts them, and whoever else takes one counts it, or says
+by the dirty bit that he counts nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .file import ImageFile
 
 
 class DiskRefcounts:
-    """The refcounts of an image that a crash may have torn: what its header says of them is believed, nothing else.
+    """The refcounts as they are on the disk, by what the header says of them.
 
     Attributes:
         cluster_size: in bytes; the largest there is where the header cannot be read.
