@@ -113,6 +113,18 @@ _ROWS = (
         "start no VM; `qcow2bm repair IMAGE` mends what it finds and clears the mark if no corruption is left",
     ),
     Problem(
+        "change-cut-short", _CORRUPTION, _GUESS, _SILENT, "a crash has cut a change of qcow2bm short",
+        (
+            "part of the image is old and part is new: nothing else that is found can be relied on, and QEMU refuses "
+            "to write to it"
+        ),
+        (
+            "find the journal, `NAME.qcow2bm-journal` by the name that the image had then, or the file of --undo: "
+            "`qcow2bm undo IMAGE FILE` puts everything back. Only if it is lost: `qcow2bm repair IMAGE --allow guess`"
+        ),
+        hides=True,
+    ),
+    Problem(
         "compression-type-unknown", _UNKNOWN, _NONE, _REFUSES, "unknown compression type",
         _NO_START,
         _HEADER,

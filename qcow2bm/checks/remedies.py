@@ -61,6 +61,13 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
     ),
     (Remedy("the mark is cleared once the refcounts are right"), "marked-dirty"),
     (Remedy("the mark is cleared at the very end, and only if no corruption is left"), "marked-corrupt"),
+    (
+        Remedy(
+            "the image is taken for what the crash left of it, and then mended like any other; before that nothing is",
+            "the journal, if it is found later, no longer leads back",
+        ),
+        "change-cut-short",
+    ),
     # refcounts
     (
         Remedy(

@@ -18,7 +18,8 @@ from .plan import Stage, Write
 FEATURES = slice(INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD + 8)
 """Where the three feature fields of a version 3 header lie."""
 
-_OURS = 1 << 63
+OURS = 1 << 63
+"""The autoclear bit of the mark."""
 
 
 def features_of(image: ImageFile) -> bytes:
@@ -31,13 +32,18 @@ def features_of(image: ImageFile) -> bytes:
 def with_mark(features: bytes) -> bytes:
     """Feature fields with the mark."""
     incompatible, autoclear = int.from_bytes(features[:8], "big"), int.from_bytes(features[-8:], "big")
-    marked = (incompatible | Incompatible.CORRUPT).to_bytes(8, "big"), (autoclear | _OURS).to_bytes(8, "big")
+    marked = (incompatible | Incompatible.CORRUPT).to_bytes(8, "big"), (autoclear | OURS).to_bytes(8, "big")
     return marked[0] + features[8:-8] + marked[1]
 
 
 def has_mark(features: bytes) -> bool:
     """True if feature fields have both bits of the mark."""
     return features == with_mark(features)
+
+
+def is_marked(image: ImageFile) -> bool:
+    """True if a change of ours has set its mark, and nobody has written to the image since."""
+    return has_mark(features_of(image))
 
 
 def bracketed(before: bytes, after: bytes, stages: list[Stage]) -> list[Stage]:

@@ -29,10 +29,11 @@ from pathlib import Path
 
 from ..errors import RUN_CHECK, ImageIOError, UndoError, from_os_error
 from .file import ImageFile
+from .mark import is_marked
 from .roll_back import put_back
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
-from .undo_standing import Since, Standing, fills, is_marked, is_own_work, pieces, sets_mark, since, standing
+from .undo_standing import Since, Standing, fills, is_own_work, pieces, sets_mark, since, standing
 from .undo_writer import drop, second_copy, second_name, sync_folder, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"

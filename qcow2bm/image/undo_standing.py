@@ -84,11 +84,6 @@ def since(undo: UndoReader, image: ImageFile, found: Standing | None = None) -> 
     return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
 
 
-def is_marked(image: ImageFile) -> bool:
-    """True if a change of ours has set its mark, and nobody has written to the image since."""
-    return has_mark(features_of(image))
-
-
 def sets_mark(undo: UndoReader) -> bool:
     """True if the mark is there while the change is under way, and not before it or after."""
     start, stop = FEATURES.start, FEATURES.stop

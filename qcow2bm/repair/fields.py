@@ -7,6 +7,7 @@ from functools import partial
 
 from ..checks.model import RepairClass
 from ..format.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD, KNOWN_AUTOCLEAR, V3_LENGTH, Incompatible
+from ..image.mark import OURS
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
 
@@ -14,6 +15,7 @@ from .workshop import Workshop
 def fields(shop: Workshop) -> Iterator[Proposal]:
     """A step for each of them."""
     mends: dict[str, tuple[RepairClass, str, Callable[[Workshop], None]]] = {
+        "change-cut-short": (RepairClass.GUESS, "take the image for what a crash has left of it", _our_mark),
         "header-padding": (RepairClass.LOSSLESS, "clear the header's padding", _header_padding),
         "extension-padding": (RepairClass.LOSSLESS, "clear the padding of header extensions", _extension_padding),
         "unknown-autoclear": (RepairClass.LOSSY, "clear unknown autoclear bits", unknown_autoclear),
@@ -24,6 +26,11 @@ def fields(shop: Workshop) -> Iterator[Proposal]:
     for code, (kind, title, mend) in mends.items():
         if found := shop.found(code):
             yield Step(title, kind, Scope.HEADER, {code: len(found)}), partial(mend, shop)
+
+
+def _our_mark(shop: Workshop) -> None:
+    autoclear = int(shop.image.header.autoclear_features) & ~OURS
+    shop.write(AUTOCLEAR_FIELD, autoclear.to_bytes(8, "big"), "header: the mark of a change that was cut short")
 
 
 def _header_padding(shop: Workshop) -> None:

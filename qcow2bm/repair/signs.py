@@ -20,6 +20,7 @@ from ..errors import UndoError
 from ..format.header import KNOWN_AUTOCLEAR, Header, Incompatible
 from ..image import lock
 from ..image.file import UNDO_SUFFIX, ImageFile
+from ..image.mark import OURS
 from ..image.undo_layout import State
 from ..image.undo_reader import UndoReader
 
@@ -125,10 +126,14 @@ def _marks_of_the_image(header: Header) -> Iterator[Sign]:
     if header.incompatible_features & Incompatible.DIRTY:
         text = "the image is marked dirty: a writer with lazy refcounts has not closed it"
         yield Sign("dirty", text)
-    if header.incompatible_features & Incompatible.CORRUPT:
+    unknown = int(header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
+    corrupt = bool(header.incompatible_features & Incompatible.CORRUPT)
+    if corrupt and unknown & OURS:
+        yield Sign("cut-short", "a change of qcow2bm was cut short by a crash: its journal leads back")
+        unknown &= ~OURS
+    elif corrupt:
         text = "the image is marked corrupt: QEMU met damage in it and has written nothing since"
         yield Sign("corrupt", text)
-    unknown = int(header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
     if unknown:
         text = (
             f"autoclear bits {unknown:#x} are set: whoever wrote last knows them, so it was a newer program than this"

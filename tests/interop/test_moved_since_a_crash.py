@@ -17,7 +17,7 @@ from qcow2bm.image import undo as undo_module
 from qcow2bm.image import undo_writer
 from qcow2bm.image.file import ImageFile
 from tests.support.cut_short import JOURNAL, cut_short, damaged, is_open_to_qemu
-from tests.support.qemu import qemu_img
+from tests.support.qemu import check, qemu_img
 from tests.support.scenes import three
 
 
@@ -38,6 +38,38 @@ def test_the_journal_of_an_image_that_was_moved_away_is_set_aside(tmp_path: Path
     assert str(stale) in capsys.readouterr().err
     assert main(["undo", str(elsewhere), str(stale)]) == 0
     assert elsewhere.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["moved", "by a second name"])
+def test_a_torn_image_without_its_journal_is_not_repaired_but_as_a_guess(tmp_path: Path, how: str, capsys) -> None:
+    """It may be found yet, and leads back only as long as nothing else is written."""
+    image, elsewhere, undo = damaged(tmp_path), tmp_path / "elsewhere.qcow2", tmp_path / "undo"
+    before, torn = image.read_bytes(), 0
+    for state in cut_short(image, "repair", "--yes", "--no-undo"):
+        elsewhere.unlink(missing_ok=True)
+        undo.unlink(missing_ok=True)
+        state.write(tmp_path)
+        if is_open_to_qemu(image):
+            continue
+        if how == "moved":
+            image.rename(elsewhere)
+        else:
+            os.link(image, elsewhere)
+        left = elsewhere.read_bytes()
+        torn += 1
+        assert main(["check", str(elsewhere)]) == 2
+        assert "change-cut-short" in capsys.readouterr().out
+        assert main(["repair", str(elsewhere), "--yes", "--allow", "lossy"]) == 2
+        assert "not done: take the image for what a crash has left of it (guess)" in capsys.readouterr().out
+        assert main(["add", str(elsewhere), "new"]) == 1
+        assert elsewhere.read_bytes() == left
+        assert main(["repair", str(elsewhere), "--yes", "--allow", "guess", "--undo", str(undo)]) in (0, 3)
+        assert check(elsewhere)["returncode"] in (0, 3)
+        assert main(["undo", str(elsewhere), str(undo)]) == 0
+        assert elsewhere.read_bytes() == left
+        assert main(["undo", str(elsewhere), str(tmp_path / JOURNAL), "--force"]) == 0
+        assert elsewhere.read_bytes() == before
+    assert torn >= 2
 
 
 def test_no_journal_is_written_beside_a_file_that_has_taken_the_name(tmp_path: Path) -> None:

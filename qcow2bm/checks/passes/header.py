@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ...format.faults import Fault
 from ...format.header import KNOWN_AUTOCLEAR, Incompatible, field_offset
+from ...image.mark import OURS, is_marked
 from ..model import Finding, Location
 from ..problems import found, from_fault
 from ..view import View
@@ -21,6 +22,10 @@ def header(view: View) -> Iterator[Finding]:
         yield found("marked-corrupt", "the corrupt bit is set", Location("header", place))
     # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
     unknown = int(view.header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
+    if is_marked(view.file):
+        text = "a crash has cut a change short, and neither its journal nor an undo file is beside the image"
+        yield found("change-cut-short", text, Location("header", place))
+        unknown &= ~OURS
     if unknown:
         where = Location("header", field_offset("autoclear_features"))
         yield found("unknown-autoclear", f"unknown autoclear features {unknown:#x}", where)
