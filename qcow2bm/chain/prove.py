@@ -41,6 +41,7 @@ from .batches import pairs
 from .compare import Progress, compare, differing_pairs
 from .diff import Range, range_bytes, ranges
 from .disk import Disk
+from .held import held
 from .layers import Extent
 from .marks import Marks
 from .opening import Rules, open_disk, view_of
@@ -256,15 +257,7 @@ def _in_full(case: _Case, progress: Progress) -> tuple[BitVector, BitVector, Bit
     changed = compare(
         case.old, case.new, case.granularity, chunk_bytes=bits.chunk_bytes, zero_tail=True, progress=progress
     )
-    return _held(changed.combined(Op.SUBTRACT, bits)), _held(bits.combined(Op.SUBTRACT, changed)), changed
-
-
-def _held(bits: BitVector) -> BitVector:
-    """The same bits in memory: a result outlives the open image."""
-    marks = Marks(bits.length, 1, bits.chunk_bytes)
-    for first, stop in bits.runs():
-        marks.mark(first, stop)
-    return marks.vector()
+    return held(changed.combined(Op.SUBTRACT, bits)), held(bits.combined(Op.SUBTRACT, changed)), changed
 
 
 # In part

@@ -188,11 +188,11 @@ def _facts(found: Coverage) -> Iterator[tuple[str, str | Cell]]:
     yield "recording", "yes" if found.recording else "no: it stands for a time that is over"
     if found.changed_bytes is not None:
         yield "changed", f"{exact_size(found.changed_bytes)}, {percent(found.changed_bytes, found.virtual_size)}"
-    missed = sum(1 for _ in found.missed_ranges())
+    missed = found.missed.count_runs()
     text = f"{exact_size(found.missed_bytes)} in {_ranges(missed)}" if missed else "nothing"
     yield "missed", Cell(text, "red" if missed else "green")
-    if found.excess_bytes is not None:
-        yield "excess", f"{exact_size(found.excess_bytes)} in {_ranges(sum(1 for _ in found.excess_ranges()))}"
+    if found.excess is not None and found.excess_bytes is not None:
+        yield "excess", f"{exact_size(found.excess_bytes)} in {_ranges(found.excess.count_runs())}"
     if found.virtual_size > found.against_size:
         yield "grown by", f"{exact_size(found.virtual_size - found.against_size)}, compared with zeroes"
     if found.sample is not None:

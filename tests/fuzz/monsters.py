@@ -155,6 +155,15 @@ def bitmap_data_behind_the_end(raw: Raw) -> None:
     bitmaps_of(raw, numbered(CLUSTER, lambda n: FAR + n * CLUSTER))
 
 
+def bitmap_of_dense_bits(raw: Raw) -> None:
+    """One cluster of bits, a quarter of them set, one by one; named so often that there are four thousand million."""
+    entries, data = 8192, appended(raw, b"\x55\x00" * (CLUSTER // 2))
+    disk_of(raw, entries * CLUSTER * 8 * 512)
+    l1_at(raw, appended(raw, bytes(CLUSTER)), entries * 512 // (CLUSTER // 64))
+    table = appended(raw, numbered(8 * entries, lambda _: data))
+    directory_of(raw, [bitmap_entry(table, entries, b"a", 9)])
+
+
 def raw_data_file_in_disorder(raw: Raw) -> None:
     """A data file that should be the disk as it is, and of which no cluster lies where the guest has it."""
     l2_tables_of(raw, numbered(L2_NOISE, lambda n: COPIED | (n ^ 1) * CLUSTER))
@@ -326,6 +335,12 @@ def most_bitmaps(raw: Raw) -> None:
     directory_of(raw, [bitmap_entry(FAR + n * CLUSTER, 1, b"%05d" % n) for n in range(BITMAPS_MOST)])
 
 
+def most_bitmaps_with_long_names(raw: Raw) -> None:
+    """Each name as long as may be, so that whoever says something of each of them says a lot."""
+    count = 20_000 if ALL else 2000
+    directory_of(raw, [bitmap_entry(FAR + n * CLUSTER, 1, b"%01023d" % n) for n in range(count)])
+
+
 def most_bitmaps_in_one_table(raw: Raw) -> None:
     table, entries = raw.tables()["a"]
     directory_of(raw, [bitmap_entry(table, entries, b"%05d" % n) for n in range(BITMAPS_MOST)])
@@ -404,7 +419,7 @@ MONSTERS = (
             refcount_table_in_the_header, bitmap_table_that_names_itself, bitmap_tables_that_name_each_other,
             bitmap_tables_that_name_the_directory, bitmap_tables_in_the_mapping, bitmap_directory_in_the_header,
             bitmap_directory_in_the_l1, snapshot_table_in_the_header, snapshots_of_the_refcounts,
-            most_bitmaps_in_one_table, bitmap_directory_of_nothing_but_beginnings,
+            most_bitmaps_in_one_table, bitmap_directory_of_nothing_but_beginnings, bitmap_of_dense_bits,
         ),
     ),
     *(
@@ -412,8 +427,8 @@ MONSTERS = (
         for make in (
             exabytes, l1_of_holes, l2_tables_in_holes, largest_disk, data_in_holes, refcount_table_of_holes,
             refcount_blocks_in_holes, one_block_for_all, snapshot_table_of_holes, snapshot_table_of_64_mib,
-            snapshots_of_holes, most_bitmaps, bitmap_tables_of_holes, bitmap_data_in_holes,
-            bitmap_tables_of_legal_length, bitmap_directory_of_holes, bitmap_directory_of_64_mib,
+            snapshots_of_holes, most_bitmaps, most_bitmaps_with_long_names, bitmap_tables_of_holes,
+            bitmap_data_in_holes, bitmap_tables_of_legal_length, bitmap_directory_of_holes, bitmap_directory_of_64_mib,
             encryption_header_in_a_hole, clusters_of_2_mib,
             clusters_of_512_bytes,
         )
