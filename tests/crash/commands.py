@@ -285,6 +285,7 @@ COMMANDS = (
     Command("drop-in bitmap --merge", "qemu-img bitmap --merge a -f qcow2 {image} c"),
     Command("drop-in bitmap --add", "qemu-img bitmap --add -f qcow2 {image} new"),
     Command("drop-in bitmap --remove", "qemu-img bitmap --remove -f qcow2 {image} b"),
+    Command("drop-in bitmap --enable", "qemu-img bitmap --enable -f qcow2 {image} c"),
     Command("drop-in bitmap --clear", "qemu-img bitmap --clear --disable -f qcow2 {image} a"),
     Command("repair leaks", "repair {image} --yes --only leaks", _leaky, fits=_has_room, status=(0, 3)),
     Command("repair refcounts", "repair {image} --yes --no-undo", _too_low, status=(0, 3)),
