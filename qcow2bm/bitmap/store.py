@@ -20,6 +20,7 @@ from ..errors import (
     BitmapNotFoundError,
     CorruptImageError,
     TruncatedImageError,
+    naming,
 )
 from ..format.bitmap_directory import FIXED_LENGTH, BitmapEntry, parse_directory
 from ..format.entries import OFFSET_MASK, BitmapTableEntry, all_sound, table_entries
@@ -63,8 +64,13 @@ class StoredChunk:
         self._offset = offset
 
     def read(self, start: int, length: int) -> bitarray:
-        """A read-only view of the bytes just read."""
-        return bitarray(buffer=self._file.read_at(self._offset + start, length), endian="little")
+        """A read-only view of the bytes just read.
+
+        Raises:
+            ImageIOError, TruncatedImageError: of this file: it may be read while another one is written to.
+        """
+        with naming(self._file.path):
+            return bitarray(buffer=self._file.read_at(self._offset + start, length), endian="little")
 
 
 class StoredBitmap:

@@ -22,7 +22,7 @@ from qcow2bm.image.file import ImageFile
 from qcow2bm.image.plan import Stage
 from qcow2bm.image.spill import Spill
 from tests.support.qemu import check, qemu_img, qemu_io
-from tests.support.raw import Raw
+from tests.support.raw import OFFSET, Raw
 from tests.support.recording import Tape
 from tests.support.scenes import small, three
 from tests.support.states import bitmaps
@@ -199,3 +199,27 @@ def test_a_full_disk_under_what_is_to_be_put_back_is_told_as_any_other(
             opened.commit(draft.plan())
     assert image.read_bytes() == before
     assert failure.value.hint == "everything was put back as it was"
+
+
+def test_an_error_in_reading_the_bits_of_another_image_names_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run
+) -> None:
+    """They are read while this image is written to."""
+    image, other = three(tmp_path), tmp_path / "other.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", other, "4M")
+    qemu_img("bitmap", "--add", other, "theirs")
+    qemu_io(other, "write 64k 128k")
+    before, raw = image.read_bytes(), Raw.load(other)
+    data = raw.number(raw.tables()["theirs"][0]) & OFFSET
+    assert data
+    real = os.pread
+
+    def pread(fd: int, length: int, offset: int) -> bytes:
+        if offset == data and Path(f"/proc/self/fd/{fd}").readlink() == other:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    ended = run("copy", f"{other}#theirs", f"{image}#ours")
+    assert (ended.status, ended.err) == (1, f"qcow2bm: {other}: Input/output error\n")
+    assert image.read_bytes() == before
