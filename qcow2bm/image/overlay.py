@@ -158,29 +158,34 @@ class OverlayFile(ImageFile):
 
         Args:
             image: the image as it is in the base.
-            fresh: numbers of the clusters that were free and have been filled. One that is counted in the base is
-                rewritten nevertheless: a count tells whoever finds the change cut short that somebody has taken it.
+            fresh: numbers of the clusters that were free and have been filled, before anything refers to them. One that
+                is counted in the base is none that was free on the disk: whoever finds the change cut short must be
+                able to tell by its count that somebody else has taken a cluster. So its old bytes are kept, too.
             kept: ranges of the base that the undo file is to keep.
             journaled: False where a change that is torn does no harm and there is no place for a journal.
         """
         size = image.geometry.cluster_size
         header: list[Write] = []
         filled: list[Write] = []
+        reused: list[Write] = []
         rewritten: list[Write] = []
         counts = DiskRefcounts(self.base)
         for offset, length in self._differing(size):
             new = partial(self.read_at, offset, length)
             if offset < size:
                 header.append(Write.replace(offset, self._base_bytes(offset, length), new(), "the header"))
-            elif offset // size in fresh and (offset >= self.base.size or not counts.get(offset // size)):
-                filled.append(Write(offset, length, new, "new clusters"))
-            else:
+            elif offset // size not in fresh:
                 rewritten.append(Write(offset, length, new, "rewritten in place", self._base_bytes(offset, length)))
-        end = max((write.end for write in (*filled, *rewritten)), default=0)
+            elif offset < self.base.size and counts.get(offset // size):
+                reused.append(Write(offset, length, new, "new clusters", self._base_bytes(offset, length)))
+            else:
+                filled.append(Write(offset, length, new, "new clusters"))
+        end = max((write.end for write in (*filled, *reused, *rewritten)), default=0)
         if max(end, self.base.size) < self.size:  # new clusters at the end that are all zeroes: the file must have them
             filled.append(Write.fresh(self.size - 1, b"\0", "the end of the file"))
         stages = [
             Stage("fill free clusters", tuple(filled), journaled=True),
+            Stage("fill clusters that nothing refers to", tuple(reused), journaled=True),
             Stage("rewrite in place", tuple(rewritten), journaled=True),
             Stage("write the header", tuple(header), journaled=True),
         ]

@@ -407,6 +407,24 @@ def events(tape: Tape) -> list[Event]:
     return [event for event in tape.events if event.kind == "write"]
 
 
+def test_a_cluster_that_is_counted_keeps_its_old_bytes_and_is_filled_before_anything_may_refer_to_it(
+    bases: Bases, tmp_path: Path
+) -> None:
+    """A leak that an earlier step of a repair gave back, say: by its count nobody could tell whose it is."""
+    case = make(tmp_path, bases, Drawn("three", [], [], 0, reuse=False))
+    raw = Raw(case.before)
+    leak, used, size = 5, 6, raw.cluster_size
+    assert raw.refcount(leak) == raw.refcount(used) == 1
+    with opened(case.image) as (file, _):
+        overlay = OverlayFile(file)
+        for cluster in (leak, used):
+            overlay.write_at(cluster * size, b"new" * 100)
+        stages = overlay.plan(header_of(file), {leak}, ()).stages
+    order = [(write.offset // size, write.old is None) for stage in stages[1:-1] for write in stage.writes]
+    assert order == [(leak, False), (used, False)]
+    assert len(stages) == 4
+
+
 def test_the_header_is_written_last_and_the_corrupt_bit_stands_first(bases: Bases, tmp_path: Path) -> None:
     case = make(tmp_path, bases, Drawn("three", [], CHANGE, 70_000, reuse=True))
     tape = Tape()
