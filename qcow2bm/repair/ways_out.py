@@ -24,6 +24,7 @@ STATES = frozenset({"bitmap-inconsistent", "bitmap-detached", "bitmap-active"})
 
 _LOST = frozenset(code for code, remedy in REMEDIES.items() if "this bitmap is quarantined" in remedy.does)
 _SHARED = "bitmap-clusters-shared"
+_CUT_SHORT = "change-cut-short"
 _EMPTY = frozenset({"bitmaps-extension-missing"})
 _RENAMED = frozenset({"bitmap-name", "bitmap-name-duplicate"})
 _RISKS = list(RepairClass)
@@ -115,7 +116,7 @@ class WayOut:
 
     Attributes:
         name: what it is called in the options of `repair`, or the command's name.
-        command: its words. BASE and ID stand for what only the user knows.
+        command: its words. BASE, ID and JOURNAL stand for what only the user knows.
         does: in a sentence.
         condition: under which the proof holds; None if always.
         kind: what it can cost.
@@ -157,6 +158,12 @@ def _all(case: Case) -> Iterator[WayOut | LeftOut]:
             "settle", _words(case, "repair"),
             "settles the change that was cut short, as any command does that writes: it is rolled back, or kept if it "
             "was done", NextBackup.UNDECIDED, Proof.UNTOUCHED,
+        )  # fmt: skip
+    if _CUT_SHORT in case.damage:
+        yield WayOut(
+            "undo", _words(case, "undo", "JOURNAL"),
+            "puts back all that the change that was cut short has replaced; JOURNAL lies where the image lay then",
+            NextBackup.UNDECIDED, Proof.UNKNOWN,
         )  # fmt: skip
     yield from _mended(case)
     if case.state is State.INCONSISTENT:
@@ -202,6 +209,8 @@ def _mended(case: Case) -> Iterator[WayOut | LeftOut]:
 
 def _after_mending(case: Case) -> tuple[NextBackup, Proof]:
     """What becomes of this bitmap when the damage is repaired."""
+    if _CUT_SHORT in case.damage:
+        return NextBackup.FULL, Proof.UNKNOWN
     renamed = bool(case.own) and case.own <= _RENAMED and len(encode_name(case.name)) <= MAX_BITMAP_NAME
     if case.state is None and case.own != _EMPTY:
         return NextBackup.UNDECIDED, Proof.UNKNOWN

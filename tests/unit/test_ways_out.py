@@ -184,6 +184,15 @@ def test_the_riskiest_class_decides_the_options() -> None:
         assert (way.command[3:], way.kind) == (options, kind)
 
 
+def test_a_change_that_was_cut_short_is_undone_and_only_if_that_cannot_be_guessed_at() -> None:
+    """What its bits are then nobody knows: half of an old bitmap and half of a new one, it may be."""
+    case = Case("vm.qcow2", "daily", State.READY, others=frozenset({"change-cut-short"}))
+    ways = open_ways(case)
+    assert list(ways) == ["undo", "repair"]
+    assert ways["undo"].command == ("qcow2bm", "undo", "vm.qcow2", "JOURNAL")
+    assert (ways["repair"].kind, ways["repair"].next_backup) == (RepairClass.GUESS, NextBackup.FULL)
+
+
 def test_what_no_repair_can_do_is_said_with_what_can_be_done() -> None:
     case = Case("vm.qcow2", "daily", State.READY, others=frozenset({"backing-format-length"}))
     assert open_ways(case) == {}

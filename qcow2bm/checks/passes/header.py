@@ -18,13 +18,15 @@ def header(view: View) -> Iterator[Finding]:
     features, place = view.header.incompatible_features, field_offset("incompatible_features")
     if features & Incompatible.DIRTY:
         yield found("marked-dirty", "the dirty bit is set", Location("header", place))
-    if features & Incompatible.CORRUPT:
+    cut_short = is_marked(view.file)  # then the corrupt bit is ours
+    if cut_short:
+        text = "a crash has cut a change short, and neither its journal nor an undo file is beside the image"
+        yield found("change-cut-short", text, Location("header", place))
+    elif features & Incompatible.CORRUPT:
         yield found("marked-corrupt", "the corrupt bit is set", Location("header", place))
     # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
     unknown = int(view.header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
-    if is_marked(view.file):
-        text = "a crash has cut a change short, and neither its journal nor an undo file is beside the image"
-        yield found("change-cut-short", text, Location("header", place))
+    if cut_short:
         unknown &= ~OURS
     if unknown:
         where = Location("header", field_offset("autoclear_features"))
