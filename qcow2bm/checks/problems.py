@@ -113,10 +113,10 @@ _ROWS = (
         "start no VM; `qcow2bm repair IMAGE` mends what it finds and clears the mark if no corruption is left",
     ),
     Problem(
-        "change-cut-short", _CORRUPTION, _GUESS, _SILENT, "a crash has cut a change of qcow2bm short",
+        "change-cut-short", _CORRUPTION, _GUESS, _REFUSES, "a crash has cut a change of qcow2bm short",
         (
-            "part of the image is old and part is new: nothing else that is found can be relied on, and QEMU refuses "
-            "to write to it"
+            "part of the image is old and part is new: nothing else that is found can be relied on; an incompatible "
+            "feature bit that nobody knows keeps QEMU and all others out until it is settled"
         ),
         (
             "find the journal, `NAME.qcow2bm-journal` by the name that the image had then, or the file of --undo: "

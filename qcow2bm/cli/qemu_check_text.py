@@ -191,6 +191,7 @@ REFUSALS: dict[str, Refusal] = {
     "compression-type-unknown": lambda _, seen: f"qcow2: unknown compression type: {seen.header.compression_type}",
     "compression-type-bit": _compression_bit,
     "unknown-incompatible": _features,
+    "change-cut-short": _features,
     "extended-l2-cluster-size": lambda _, seen: f"Unsupported subcluster size: {seen.header.geometry.subcluster_size}",
     "header-refcount-order": _says("Reference count entry width too large; may not exceed 64 bits"),
     "refcount-table-size": _says("Reference count table too large"),

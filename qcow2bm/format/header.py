@@ -15,6 +15,7 @@ from construct import Bytes, ConstructError, Int32ub, Int64ub, Struct
 
 from ..errors import (
     CorruptImageError,
+    InterruptedChangeError,
     NotQcow2Error,
     TruncatedImageError,
     UnsupportedImageError,
@@ -38,6 +39,10 @@ SNAPSHOT_HEAD = 40
 """Bytes that a snapshot table entry has at least."""
 UNKNOWN_INCOMPATIBLE = "unknown-incompatible"
 """Code of the one fault that a newer program would not call a fault."""
+CUT_SHORT = 1 << 62
+"""incompatible_features: a bit that nobody defines, set by qcow2bm while it writes what a crash could tear."""
+CHANGE_CUT_SHORT = "change-cut-short"
+"""Code of the fault that it is still there."""
 
 
 class Incompatible(IntFlag):
@@ -233,9 +238,12 @@ class Header:
 
         Raises:
             CorruptImageError: a field is out of bounds.
+            InterruptedChangeError: a change was cut short.
             UnsupportedImageError: an incompatible feature is set that is not known here.
         """
         for fault in self.faults():
+            if fault.code == CHANGE_CUT_SHORT:
+                raise InterruptedChangeError(fault.message, hint=f"`qcow2bm explain {fault.code}`", code=fault.code)
             if fault.code == UNKNOWN_INCOMPATIBLE:
                 raise UnsupportedImageError(fault.message, hint="a newer QEMU wrote it", code=fault.code)
             if fault.weight is not Weight.MINOR:
@@ -269,6 +277,10 @@ class Header:
             yield Fault("compression-type-bit", text)
         # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
         unknown = int(self.incompatible_features) & ~int(KNOWN_INCOMPATIBLE)
+        if unknown & CUT_SHORT:
+            text = "a crash has cut a change of qcow2bm short, and its journal is not beside the image"
+            yield Fault(CHANGE_CUT_SHORT, text)
+            unknown &= ~CUT_SHORT
         if unknown:
             yield Fault(UNKNOWN_INCOMPATIBLE, f"unknown incompatible features {unknown:#x}")
         if self.incompatible_features & Incompatible.EXTENDED_L2 and 1 << self.cluster_bits < MIN_EXTENDED_CLUSTER:

@@ -30,7 +30,6 @@ from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from ..format.text import decode_name
 from . import lock
 from .file import ImageFile
-from .mark import is_marked
 
 if TYPE_CHECKING:
     from .undo import Settled
@@ -92,6 +91,7 @@ class Qcow2Image:
         Raises:
             UsageError: `writable` and `force_share` together.
             NotQcow2Error, CorruptImageError, UnsupportedImageError: what is wrong with the header.
+            InterruptedChangeError: a crash has cut a change short that has not been settled.
             InUseError: a conflicting lock is held.
             LockingUnavailableError: `writable` on a file system without locks.
             ImageIOError: the operating system refused.
@@ -139,15 +139,10 @@ class Qcow2Image:
         """Refuse what the specification forbids to write to, and what QEMU would not open afterwards.
 
         Raises:
-            UnsupportedImageError: a change was cut short; the corrupt bit is set, or the dirty bit, which means that
-                the refcounts are not to be trusted.
+            UnsupportedImageError: the corrupt bit is set, or the dirty bit, which means that the refcounts are not to
+                be trusted.
             CorruptImageError: QEMU would not open the image for what its extensions say.
         """
-        if is_marked(self.file):
-            raise UnsupportedImageError(
-                "a crash has cut a change of it short, and the journal that leads back is not beside it",
-                hint="find it: `qcow2bm explain change-cut-short`",
-            )
         if self.header.incompatible_features & Incompatible.CORRUPT:
             raise UnsupportedImageError(
                 "it is marked corrupt and must not be written to",

@@ -37,22 +37,30 @@ class Outcome:
 def roll_back(file: ImageFile, stages: Sequence[Sequence[Replaced]], size: int) -> Outcome:
     """Put back what stages have replaced, newest first, and cut the file to `size`, its old length.
 
+    The first stage comes last of all: it may have set the mark, by which a crash on the way is recognised.
+
     Raises:
         FlushError: nothing more may be written.
     """
     outcome = Outcome()
-    for number in reversed(range(len(stages))):
-        for write, old in reversed(stages[number]):
-            error = _attempt(put_back, file, write.offset, old)
-            outcome.error = outcome.error or error
-            if error is not None and write.old is not None:
-                outcome.stuck = number
-        file.barrier()
+    for number in reversed(range(1, len(stages))):
+        _put_stage_back(file, stages[number], number, outcome)
         if outcome.stuck is not None:
             return outcome
     error = _attempt(_cut, file, size)
     outcome.error = outcome.error or error
+    if stages:
+        _put_stage_back(file, stages[0], 0, outcome)
     return outcome
+
+
+def _put_stage_back(file: ImageFile, stage: Sequence[Replaced], number: int, outcome: Outcome) -> None:
+    for write, old in reversed(stage):
+        error = _attempt(put_back, file, write.offset, old)
+        outcome.error = outcome.error or error
+        if error is not None and write.old is not None:
+            outcome.stuck = number
+    file.barrier()
 
 
 def put_back(file: ImageFile, offset: int, old: Callable[[], bytes]) -> None:

@@ -6,9 +6,8 @@ that a crash on the way leaves no more than leaked clusters, and the same comman
 
 A journal is the same file for the few stages that a crash could tear. Whoever opens the image for writing next settles
 it: what was torn is rolled back, what was finished is kept. Where all stages are journaled, the user's undo file is the
-journal, by a second name beside the image. Meanwhile the mark is set (`mark.py`), whose corrupt bit keeps QEMU from
-writing. Both its bits tell a torn image from one that somebody has mended, replaced or used since: without them nothing
-is rolled back.
+journal, by a second name beside the image. Meanwhile the mark is set (`mark.py`), which keeps QEMU out. It tells a torn
+image from one that somebody has mended, replaced or used since: without it nothing is rolled back.
 
 An external data file is no part of it; how the change left that is noted (`undo_data_file.py`), and looked at.
 
@@ -126,13 +125,15 @@ class UndoFile(UndoReader):
         return True
 
     def _put_back(self, image: ImageFile, *, stamp: bool) -> None:
-        for stage in sorted({record.stage for record in self.records}, reverse=True):
+        first = min((record.stage for record in self.records), default=0)
+        for stage in sorted({first, *(record.stage for record in self.records)}, reverse=True):
+            # Before the first stage, which set the mark: what is left is to be recognised until all is done.
+            if stage == first and image.size > self.size_before and not image.is_device:
+                image.truncate(self.size_before)
+                image.barrier()
             for record in reversed(self.records):
                 if record.stage == stage:
                     self._put_back_one(image, record)
-            image.barrier()
-        if image.size > self.size_before and not image.is_device:
-            image.truncate(self.size_before)
             image.barrier()
         # With the bytes of then goes the time stamp of then, by which an older undo file knows the image; but never
         # over the traces of a guest. Only the file's owner may set it; for others an older undo file needs --force.
@@ -174,7 +175,6 @@ def is_torn(journal: UndoReader, image: ImageFile) -> bool:
             "else move the file away and check the image",
         )
     _require_familiar(journal, found)
-    _require_own_work(journal, image)
     return True
 
 
@@ -225,10 +225,12 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, found: Standing, *,
 def _require_half_way(undo: UndoReader, image: ImageFile, found: Standing, *, force: bool) -> None:
     """A change, or an undo of it, was cut short. The image must be as that left it."""
     _require_familiar(undo, found)
+    if is_marked(image):
+        return  # it has kept everybody out
     if not found.finished:
         _require_own_work(undo, image)
-    # Only the mark would have kept others out, and nobody has noted the time stamp that the crash left.
-    if not (found.untouched or is_marked(image) or force):
+    # Nobody has noted the time stamp that the crash left.
+    if not (found.untouched or force):
         raise UndoError(
             "a crash came before the end was noted, so nobody knows what was written since",
             hint="guest data may be newer; use --force if you know that nothing has used the image",
@@ -239,7 +241,7 @@ def _require_own_work(undo: UndoReader, image: ImageFile) -> None:
     if not is_own_work(undo, image):
         raise UndoError(
             "the image has been used since a crash cut the change short: free clusters hold something else",
-            hint=f"nothing was put back; `qcow2bm check` says how it is, and if that is well move {undo.path} away",
+            hint=f"nothing was put back; move {undo.path} away, then `qcow2bm check` says how the image is",
         )
 
 

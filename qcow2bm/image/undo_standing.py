@@ -79,7 +79,7 @@ def since(undo: UndoReader, image: ImageFile, found: Standing | None = None) -> 
         return Since.CHANGED
     if image.is_device or not undo.mtime_ns:
         return Since.UNKNOWN
-    if int.from_bytes(features_of(image)[:8], "big") & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
+    if int.from_bytes(features_of(image), "big") & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
         return Since.UNKNOWN  # the guest writes to another file
     return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
 

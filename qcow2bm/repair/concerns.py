@@ -12,7 +12,7 @@ from ..checks.view import View
 
 _OF_CLUSTERS = frozenset({"bitmap-clusters-shared", "metadata-overlap", "refcount-too-low", "refcount-overflow"})
 """Problems of clusters, which may be this bitmap's."""
-_BARRING = frozenset({"marked-corrupt", "change-cut-short"})
+_BARRING = frozenset({"marked-corrupt"})
 """Problems that keep a VM from the image although QEMU opens it."""
 REASONS = (Severity.CORRUPTION, Severity.UNKNOWN, Severity.BITMAP)
 """Severities that make a bitmap unusable."""

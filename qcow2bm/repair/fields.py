@@ -6,8 +6,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ..checks.model import RepairClass
-from ..format.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD, KNOWN_AUTOCLEAR, V3_LENGTH, Incompatible
-from ..image.mark import OURS
+from ..format.header import (
+    AUTOCLEAR_FIELD,
+    CHANGE_CUT_SHORT,
+    CUT_SHORT,
+    INCOMPATIBLE_FIELD,
+    KNOWN_AUTOCLEAR,
+    V3_LENGTH,
+    Incompatible,
+)
 from .model import Proposal, Scope, Step
 from .workshop import Workshop
 
@@ -15,7 +22,7 @@ from .workshop import Workshop
 def fields(shop: Workshop) -> Iterator[Proposal]:
     """A step for each of them."""
     mends: dict[str, tuple[RepairClass, str, Callable[[Workshop], None]]] = {
-        "change-cut-short": (RepairClass.GUESS, "take the image for what a crash has left of it", _our_mark),
+        CHANGE_CUT_SHORT: (RepairClass.GUESS, "take the image for what a crash has left of it", _our_mark),
         "header-padding": (RepairClass.LOSSLESS, "clear the header's padding", _header_padding),
         "extension-padding": (RepairClass.LOSSLESS, "clear the padding of header extensions", _extension_padding),
         "unknown-autoclear": (RepairClass.LOSSY, "clear unknown autoclear bits", unknown_autoclear),
@@ -29,8 +36,8 @@ def fields(shop: Workshop) -> Iterator[Proposal]:
 
 
 def _our_mark(shop: Workshop) -> None:
-    autoclear = int(shop.image.header.autoclear_features) & ~OURS
-    shop.write(AUTOCLEAR_FIELD, autoclear.to_bytes(8, "big"), "header: the mark of a change that was cut short")
+    features = int(shop.image.header.incompatible_features) & ~CUT_SHORT
+    shop.write(INCOMPATIBLE_FIELD, features.to_bytes(8, "big"), "header: the mark of a change that was cut short")
 
 
 def _header_padding(shop: Workshop) -> None:

@@ -8,6 +8,7 @@ from ..bitmap.quarantine import doubted
 from ..checks.model import RepairClass, Report, Severity
 from ..checks.view import Progress
 from ..errors import ProofError, Qcow2bmError
+from ..format.header import CHANGE_CUT_SHORT
 from ..image.file import ImageFile
 from ..image.overlay import OverlayFile
 from ..image.plan import Plan
@@ -35,7 +36,6 @@ PHASES: tuple[Phase, ...] = (
 used, at last what vouches for all of it."""
 
 _BUILT_ON_MAPPING = (Scope.MAPPINGS, Scope.REFCOUNTS, Scope.LEAKS)
-_CUT_SHORT = "change-cut-short"
 _NO_EDITS = "there is nothing that may be changed: another structure uses its cluster too"
 _ROUNDS = 4
 """Times that the phases are gone through: mending one thing may show another."""
@@ -116,7 +116,7 @@ def _go_through(shop: Workshop, ask: Ask) -> tuple[list[Step], list[Step]]:
 def _take(shop: Workshop, step: Step, take: Callable[[], object], ask: Ask) -> bool:
     """Take a step if it is allowed and can be taken; False, with the reason in the step, if not."""
     policy = shop.policy
-    if step.refused is None and _CUT_SHORT not in step.codes and shop.found(_CUT_SHORT):
+    if step.refused is None and CHANGE_CUT_SHORT not in step.codes and shop.found(CHANGE_CUT_SHORT):
         step.refused = "a crash has cut a change short, and its journal may be found: that comes first"
     if step.scope in _BUILT_ON_MAPPING and step.refused is None:
         step.refused = shop.mapping_doubt

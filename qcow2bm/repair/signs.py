@@ -17,10 +17,9 @@ from typing import NamedTuple
 from ..bitmap.bring_back import Quarantine
 from ..bitmap.store import BitmapDirectory
 from ..errors import UndoError
-from ..format.header import KNOWN_AUTOCLEAR, Header, Incompatible
+from ..format.header import CUT_SHORT, KNOWN_AUTOCLEAR, Header, Incompatible
 from ..image import lock
 from ..image.file import UNDO_SUFFIX, ImageFile
-from ..image.mark import OURS
 from ..image.undo_layout import State
 from ..image.undo_reader import UndoReader
 
@@ -126,14 +125,12 @@ def _marks_of_the_image(header: Header) -> Iterator[Sign]:
     if header.incompatible_features & Incompatible.DIRTY:
         text = "the image is marked dirty: a writer with lazy refcounts has not closed it"
         yield Sign("dirty", text)
-    unknown = int(header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
-    corrupt = bool(header.incompatible_features & Incompatible.CORRUPT)
-    if corrupt and unknown & OURS:
+    if header.incompatible_features & CUT_SHORT:
         yield Sign("cut-short", "a change of qcow2bm was cut short by a crash: its journal leads back")
-        unknown &= ~OURS
-    elif corrupt:
+    if header.incompatible_features & Incompatible.CORRUPT:
         text = "the image is marked corrupt: QEMU met damage in it and has written nothing since"
         yield Sign("corrupt", text)
+    unknown = int(header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
     if unknown:
         text = (
             f"autoclear bits {unknown:#x} are set: whoever wrote last knows them, so it was a newer program than this"

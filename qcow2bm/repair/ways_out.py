@@ -15,6 +15,7 @@ from ..bitmap.store import State
 from ..checks.model import RepairClass
 from ..checks.problems import PROBLEMS
 from ..checks.remedies import REMEDIES, repair_options
+from ..format.header import CHANGE_CUT_SHORT
 from ..format.limits import MAX_BITMAP_NAME
 from ..format.text import encode_name
 from .model import Salvage
@@ -24,7 +25,6 @@ STATES = frozenset({"bitmap-inconsistent", "bitmap-detached", "bitmap-active"})
 
 _LOST = frozenset(code for code, remedy in REMEDIES.items() if "this bitmap is quarantined" in remedy.does)
 _SHARED = "bitmap-clusters-shared"
-_CUT_SHORT = "change-cut-short"
 _EMPTY = frozenset({"bitmaps-extension-missing"})
 _RENAMED = frozenset({"bitmap-name", "bitmap-name-duplicate"})
 _RISKS = list(RepairClass)
@@ -159,7 +159,7 @@ def _all(case: Case) -> Iterator[WayOut | LeftOut]:
             "settles the change that was cut short, as any command does that writes: it is rolled back, or kept if it "
             "was done", NextBackup.UNDECIDED, Proof.UNTOUCHED,
         )  # fmt: skip
-    if _CUT_SHORT in case.damage:
+    if CHANGE_CUT_SHORT in case.damage:
         yield WayOut(
             "undo", _words(case, "undo", "JOURNAL"),
             "puts back all that the change that was cut short has replaced; JOURNAL lies where the image lay then",
@@ -209,7 +209,7 @@ def _mended(case: Case) -> Iterator[WayOut | LeftOut]:
 
 def _after_mending(case: Case) -> tuple[NextBackup, Proof]:
     """What becomes of this bitmap when the damage is repaired."""
-    if _CUT_SHORT in case.damage:
+    if CHANGE_CUT_SHORT in case.damage:
         return NextBackup.FULL, Proof.UNKNOWN
     renamed = bool(case.own) and case.own <= _RENAMED and len(encode_name(case.name)) <= MAX_BITMAP_NAME
     if case.state is None and case.own != _EMPTY:

@@ -132,12 +132,13 @@ class Judge:
     def verdict_with_a_vm(self) -> str | None:
         """What is wrong if a VM uses what the power cut has left, before the next command of ours comes.
 
-        QEMU must refuse it by the corrupt bit, or the next command must leave what the guest has made of it.
+        QEMU must refuse it by the mark, or the next command must leave what the guest has made of it.
         """
         try:
             qemu_io(self._image, "write -P 119 32k 4k", secret=self._secret)
         except QemuError as error:
-            refuses = Raw.load(self._image).number(72) & 2 or _REFUSED in (self._old.status, self.new.status)
+            raw = Raw.load(self._image)
+            refuses = raw.is_marked or raw.number(72) & 2 or _REFUSED in (self._old.status, self.new.status)
             return None if refuses else f"a VM does not start: {error}"
         if Raw.load(self._image).number(72) & 2:
             return None  # damaged from the start: QEMU has found that out by itself, and says so by the same bit

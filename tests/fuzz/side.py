@@ -238,8 +238,7 @@ def _undo_files(folder: Path) -> list[Side]:
     assert summary is not None
     journal = dataclasses.replace(summary, state=State.IN_PROGRESS).build() + quarantine[SECTOR:]
     torn = Raw(repaired)
-    torn.put(72, torn.number(72) | 2)  # the two bits of the mark, which is cleared last
-    torn.put(88, torn.number(88) | 1 << 63)
+    torn.put(72, torn.number(72) | 1 << 62)  # the mark, which is cleared last
     force, show = "undo {image} {side} --force", "undo {image} {side} --list"
     back = ("undo {image} {side} --bitmap a --stale", "undo {image} {side} --number 1 --as x --stale", force)
     writing = ("add {image} new", "repair {image} --yes", "clear {image} a")

@@ -48,4 +48,4 @@ def cut_short(image: Path, *words: str) -> Iterator[Folder]:
 
 
 def is_open_to_qemu(image: Path) -> bool:
-    return not Raw.load(image).number(72) & 2
+    return not Raw.load(image).is_marked

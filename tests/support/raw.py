@@ -71,6 +71,11 @@ class Raw:
         else:
             self.data[at] = self.data[at] & ~((1 << bits) - 1 << shift) | value << shift
 
+    @property
+    def is_marked(self) -> bool:
+        """True if it has the mark of a change that qcow2bm has begun, and not ended."""
+        return self.number(4, 4) == 3 and bool(self.number(72) >> 62 & 1)
+
     def extensions(self) -> dict[int, tuple[int, int]]:
         """Header extension type to the offset and length of its data; the end marker's offset under type 0."""
         at = self.number(100, 4) if self.number(4, 4) == 3 else 72

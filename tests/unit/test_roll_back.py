@@ -105,7 +105,7 @@ def test_what_a_stage_stands_on_stays_where_the_stage_cannot_be_put_back(torn: T
 def test_each_stage_is_on_the_disk_before_the_one_that_it_stands_on_is_touched(torn: Torn) -> None:
     stages = [[replaced(offset, b"\0" * 512, in_use=True)] for offset in (0, 4096)]
     assert roll_back(torn, stages, 48 << 10) == Outcome()
-    assert torn.written == [(4096, 512), BARRIER, (0, 512), BARRIER, BARRIER]  # the last one for the length
+    assert torn.written == [(4096, 512), BARRIER, BARRIER, (0, 512), BARRIER]  # the one in the middle for the length
 
 
 def test_a_length_that_stays_is_told(torn: Torn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from ...format.faults import Fault
 from ...format.header import KNOWN_AUTOCLEAR, Incompatible, field_offset
-from ...image.mark import OURS, is_marked
 from ..model import Finding, Location
 from ..problems import found, from_fault
 from ..view import View
@@ -18,16 +17,10 @@ def header(view: View) -> Iterator[Finding]:
     features, place = view.header.incompatible_features, field_offset("incompatible_features")
     if features & Incompatible.DIRTY:
         yield found("marked-dirty", "the dirty bit is set", Location("header", place))
-    cut_short = is_marked(view.file)  # then the corrupt bit is ours
-    if cut_short:
-        text = "a crash has cut a change short, and neither its journal nor an undo file is beside the image"
-        yield found("change-cut-short", text, Location("header", place))
-    elif features & Incompatible.CORRUPT:
+    if features & Incompatible.CORRUPT:
         yield found("marked-corrupt", "the corrupt bit is set", Location("header", place))
     # As plain numbers: the inverse of an IntFlag knows no bits above the highest one defined.
     unknown = int(view.header.autoclear_features) & ~int(KNOWN_AUTOCLEAR)
-    if cut_short:
-        unknown &= ~OURS
     if unknown:
         where = Location("header", field_offset("autoclear_features"))
         yield found("unknown-autoclear", f"unknown autoclear features {unknown:#x}", where)
