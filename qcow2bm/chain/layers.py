@@ -202,7 +202,7 @@ class Qcow2Layer:
         self.image = image
         self.path = image.file.path
         self.is_shareable = not isinstance(image.file, OverlayFile)
-        self.size = image.geometry.virtual_size // SECTOR * SECTOR
+        self.size = image.geometry.virtual_size
         self.files: tuple[ImageFile, ...] = (image.file,) if data_file is None else (image.file, data_file)
         self._host = FileStore(self.files[-1])
         self._streams = StreamStore(image)

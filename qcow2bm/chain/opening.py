@@ -27,11 +27,9 @@ from ..errors import (
     naming,
 )
 from ..format.extensions import ExtensionType
-from ..format.geometry import round_up
 from ..format.header import ENCRYPTION, MAGIC
 from ..image.file import ImageFile
 from ..image.image import Qcow2Image, take_locks
-from ..image.plan import SECTOR
 from .disk import Disk
 from .encrypted import LUKS, EncryptedDiskError, decrypting, refusal
 from .layers import Layer, Qcow2Layer, RawLayer
@@ -117,7 +115,7 @@ def view_of(image: Qcow2Image, disk: str | os.PathLike[str] | None, *, rules: Ru
     _require_encrypted(image, rules)
     view = open_disk(disk, format="raw", rules=rules)
     size = image.geometry.virtual_size
-    if view.size != round_up(size, SECTOR):
+    if view.size != size:
         view.close()
         raise BitmapSizeMismatchError(
             f"it has {view.size} bytes, and the disk of {image.file.path} has {size}", image=Path(disk)

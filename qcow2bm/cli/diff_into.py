@@ -61,7 +61,7 @@ def keep(disks: TwoDisks, into: str, granularity: int | None, how: How, *, merge
 
 
 def _require_same_size(image: api.Image, new: Disk) -> None:
-    if round_up(image.virtual_size, SECTOR) != round_up(new.size, SECTOR):
+    if image.virtual_size != round_up(new.size, SECTOR):
         raise BitmapSizeMismatchError(
             f"the disk has {image.virtual_size} bytes, and B has {new.size}",
             hint="a bitmap of the difference goes into an image of B's size",

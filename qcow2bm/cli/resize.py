@@ -9,7 +9,7 @@ import typer
 
 from .. import api
 from ..errors import UsageError
-from ..image.plan import SECTOR, Plan
+from ..image.plan import Plan
 from .change import How, change_as_planned, changing
 from .options import ImageArgument
 from .sizes import Resizing, parse_resizing
@@ -69,7 +69,7 @@ def resize(
     tail = True if dirty_tail else False if clean_tail else None
 
     def planned(opened: api.Image) -> Plan:
-        wanted = size.of(opened.virtual_size // SECTOR * SECTOR)
+        wanted = size.of(opened.virtual_size)
         return api.plan_resize(opened, wanted, shrink=shrink, dirty_tail=tail, data_file=data_file)
 
     return change_as_planned(image, planned, how)

@@ -18,6 +18,8 @@ ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 """A bit for each of them: one half of the subcluster bitmap."""
 
 COMPRESSED_SECTOR = 512
+DISK_SECTOR = 512
+"""Bytes in which QEMU counts the length of a disk."""
 
 
 def div_up(number: int, divisor: int) -> int:

@@ -22,7 +22,7 @@ from ..errors import (
     UnsupportedVersionError,
 )
 from .faults import Fault, Weight
-from .geometry import SUBCLUSTERS, Geometry
+from .geometry import DISK_SECTOR, SUBCLUSTERS, Geometry, div_up
 from .limits import (
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
@@ -208,10 +208,13 @@ class Header:
 
     @property
     def geometry(self) -> Geometry:
-        """The index arithmetic that follows from this header."""
+        """The index arithmetic that follows from this header.
+
+        QEMU counts a disk in whole sectors; what there is of another one is no part of it.
+        """
         return Geometry(
             cluster_bits=self.cluster_bits,
-            virtual_size=self.size,
+            virtual_size=self.size // DISK_SECTOR * DISK_SECTOR,
             refcount_order=self.refcount_order,
             extended_l2=bool(self.incompatible_features & Incompatible.EXTENDED_L2),
         )
@@ -311,12 +314,13 @@ class Header:
         elif not geometry.may_start(self.refcount_table_offset, table_bytes):
             text = f"refcount_table_offset {self.refcount_table_offset:#x} is not cluster-aligned"
             yield Fault("refcount-table-offset", text)
-        if self.size > 1 << 63 or max(self.l1_size, geometry.l1_entries) > MAX_L1_ENTRIES:
+        needed = div_up(self.size, geometry.l2_span)
+        if self.size > 1 << 63 or max(self.l1_size, needed) > MAX_L1_ENTRIES:
             yield Fault("l1-size", "the virtual size needs an L1 table above 32 MiB")
         elif not self._may_lie(self.l1_table_offset, 8 * self.l1_size):
             yield Fault("l1-offset", f"l1_table_offset {self.l1_table_offset:#x} is not cluster-aligned")
-        elif self.l1_size < geometry.l1_entries:
-            text = f"the L1 table has {self.l1_size} entries, the virtual size needs {geometry.l1_entries}"
+        elif self.l1_size < needed:
+            text = f"the L1 table has {self.l1_size} entries, the virtual size needs {needed}"
             yield Fault("l1-too-small", text)
         if self.nb_snapshots > MAX_SNAPSHOTS:
             text = f"the image says it has {self.nb_snapshots} snapshots, above {MAX_SNAPSHOTS}"

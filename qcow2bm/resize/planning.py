@@ -45,11 +45,6 @@ class Wish:
     data_file: Path | None = None
 
 
-def current_size(image: Qcow2Image) -> int:
-    """The size of the disk as QEMU takes it: whole sectors."""
-    return image.geometry.virtual_size // SECTOR * SECTOR
-
-
 def plan_resize(
     image: Qcow2Image,
     size: int,
@@ -78,7 +73,7 @@ def plan_resize(
     """
     image.require_writable()
     wish = Wish(size, shrink, dirty_tail, None if data_file is None else Path(data_file))
-    sizes = Sizes(sized(image.geometry, current_size(image)), sized(image.geometry, size))
+    sizes = Sizes(image.geometry, sized(image.geometry, size))
     _require_possible(image, wish, sizes)
     directory = BitmapDirectory(image)
     if not sizes.differ:
