@@ -338,12 +338,12 @@ class BitmapDirectory:
         names: set[bytes] = set()
         tables: set[int] = set()
         for at, entry in parse_directory(data, pointer.nb_bitmaps):
-            conflict = "another bitmap has the same name" if entry.name in names else None
+            conflict = "another bitmap has the same name" if entry.qemu_name in names else None
             if entry.bitmap_table_offset in tables:
                 conflict = _SHARED_TABLE
             place = pointer.bitmap_directory_offset + at
             yield StoredBitmap(image, entry, place, attached=self.attached, conflict=conflict)
-            names.add(entry.name)
+            names.add(entry.qemu_name)
             tables.add(entry.bitmap_table_offset)
 
     def find(self, name: str) -> StoredBitmap:

@@ -227,7 +227,11 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
         "bitmap-clusters-shared",
     ),
     (
-        Remedy("a bitmap without a name gets one; one with a too long name is quarantined in the undo file", _NO_UNDO),
+        Remedy(
+            "a bitmap without a name gets one, of a name with a zero byte what follows that goes, and a bitmap with a too "
+            "long name is quarantined in the undo file",
+            _NO_UNDO,
+        ),
         "bitmap-name",
     ),
     (Remedy("the second one gets a name of its own; its bits stay"), "bitmap-name-duplicate"),

@@ -76,6 +76,11 @@ class BitmapEntry:
         return 1 << self.granularity_bits
 
     @property
+    def qemu_name(self) -> bytes:
+        """The name as QEMU has it: a zero byte ends it."""
+        return self.name.partition(b"\0")[0]
+
+    @property
     def in_use(self) -> bool:
         """True if its bits may be stale: QEMU was, or is, at work with it."""
         return bool(int(self.flags) & _IN_USE)  # plain numbers are far quicker, and there may be tens of thousands
@@ -113,6 +118,8 @@ class BitmapEntry:
             yield Fault("bitmap-type", f"its type {self.type} is not known")
         if not 0 < len(self.name) <= MAX_BITMAP_NAME:
             yield Fault("bitmap-name", f"its name is {len(self.name)} bytes long")
+        elif b"\0" in self.name:
+            yield Fault("bitmap-name", "there is a zero byte in its name, and QEMU's ends there")
         if self.extra_data and compatible:
             text = f"it has {len(self.extra_data)} bytes of extra data that need not be known, but QEMU refuses them"
             yield Fault("bitmap-extra-data-compatible", text)

@@ -12,7 +12,7 @@ from ..errors import CorruptImageError
 from ..format.bitmap_directory import DIRTY_TRACKING, FIXED_LENGTH, BitmapEntry, parse_entry
 from ..format.extensions import BitmapsExtension
 from ..format.faults import Weight
-from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MIN_GRANULARITY_BITS
+from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_NAME, MAX_BITMAPS, MIN_GRANULARITY_BITS
 
 _ALIGNMENT = 8
 _WINDOW = 1 << 20
@@ -152,9 +152,9 @@ class _Likely:
 
 
 def _first_fault(view: View, entry: BitmapEntry) -> str | None:
-    """What keeps QEMU from taking an entry; a missing name does not."""
+    """What keeps QEMU from taking an entry; a name that is missing or has a zero byte does not."""
     for fault in entry.faults(view.geometry):
-        if fault.weight is not Weight.MINOR and (fault.code != "bitmap-name" or entry.name):
+        if fault.weight is not Weight.MINOR and (fault.code != "bitmap-name" or len(entry.name) > MAX_BITMAP_NAME):
             return fault.message
     return None
 

@@ -329,11 +329,15 @@ def _rename(shop: Workshop) -> None:
     directory = shop.view.directory
     assert directory.pointer is not None, "its entries were read"
     entries = [bitmap.entry for bitmap in directory.bitmaps]
-    names, seen = _Names({entry.name for entry in entries}), set[bytes]()
+    names, seen = _Names({entry.qemu_name for entry in entries}), set[bytes]()
+    whole = {entry.name for entry in entries}
     for index, entry in enumerate(entries):
-        if not entry.name or entry.name in seen:
-            entries[index] = replace(entry, name=names.free_like(entry.name or b"unnamed"), padding=b"")
-        seen.add(entries[index].name)
+        name = entry.qemu_name  # what follows a zero byte goes, unless that makes it the name of another
+        if not name or name in seen or (name != entry.name and name in whole):
+            name = names.free_like(name or b"unnamed")
+        if name != entry.name:
+            entries[index] = replace(entry, name=name, padding=b"")
+        seen.add(name)
     _write_directory(shop, entries, directory.pointer, directory.pointer.bitmap_directory_size)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ...bitmap.store import StoredBitmap
 from ...format.entries import OFFSET_MASK, BitmapTableEntry, all_sound
 from ...format.faults import Fault
+from ...format.limits import MAX_BITMAP_NAME
 from ...image import lock
 from ..census import Use
 from ..model import Finding, InQemu, Location
@@ -40,8 +41,8 @@ def directory(view: View) -> Iterator[Finding]:
     names: set[bytes] = set()
     room = view.file.present + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
-        yield from _entry(view, bitmap, index, duplicate=bitmap.entry.name in names)
-        names.add(bitmap.entry.name)
+        yield from _entry(view, bitmap, index, duplicate=bitmap.entry.qemu_name in names)
+        names.add(bitmap.entry.qemu_name)
         room -= bitmap.entry.bitmap_table_size
         if room < 0:
             text = "the bitmap tables together are larger than the file: those from here on were not checked"
@@ -75,8 +76,9 @@ def _entry(view: View, bitmap: StoredBitmap, index: int, *, duplicate: bool) -> 
         return
     where = _listed(bitmap, index)
     for fault in bitmap.entry_faults:
-        nameless = fault.code == "bitmap-name" and not bitmap.entry.name  # which QEMU does not mind
-        qemu = InQemu.SILENT if nameless else silent
+        # No name, and one with a zero byte in it, QEMU does not mind as it opens an image to read.
+        readable = fault.code == "bitmap-name" and len(bitmap.entry.name) <= MAX_BITMAP_NAME
+        qemu = InQemu.SILENT if readable else silent
         offset = bitmap.entry.bitmap_table_offset
         if attached and in_use and fault.code == "bitmap-table-offset" and offset and view.geometry.is_aligned(offset):
             qemu = InQemu.FAILS  # too high for any file, which QEMU notices when it reads there: in its check
