@@ -228,7 +228,7 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
     ),
     (
         Remedy(
-            "a bitmap without a name gets one, of a name with a zero byte what follows that goes, and a bitmap with a too "
+            "a bitmap without a name gets one, of a name with a zero byte what follows that goes, a bitmap with a too "
             "long name is quarantined in the undo file",
             _NO_UNDO,
         ),
