@@ -56,7 +56,7 @@ def header_doubt(view: View, leaked: Leaked) -> str | None:
         return "every other L2 entry looks like a subcluster bitmap: the extended L2 bit may be wrong"
     if (leaked or view.overcounted or view.undercounted > _FEW) and _fits_other_width(view):
         return "in another width all refcounts would be right: refcount_order may be wrong"
-    return None
+    return _other_size(view)
 
 
 def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> str | None:
@@ -85,6 +85,27 @@ def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> st
 
 
 # ---- the header ----
+
+
+def _other_size(view: View) -> str | None:
+    """What says that the disk is of another size: tables of all bitmaps that agree, or of one and the mapping too."""
+    low, high, count = 0, 1 << 63, 0
+    for bitmap in view.bitmaps:
+        entry, codes = bitmap.entry, {fault.code for fault in bitmap.entry_faults}
+        if entry.in_use or codes - {"bitmap-table-size", "bitmap-name", "bitmap-padding"}:
+            continue  # that of one in use may be of any size, and of another nothing is believed
+        if "bitmap-table-size" not in codes:
+            return None
+        reach = 8 * view.geometry.cluster_size * entry.granularity
+        low, high = max(low, (entry.bitmap_table_size - 1) * reach), min(high, entry.bitmap_table_size * reach)
+        count += 1
+    if not 0 <= low < high or not count:
+        return None
+    beyond = any(view.read_l1(view.roots[0])[view.geometry.l1_entries :]) if view.roots else False
+    if count == 1 and not beyond and all(fault.code != "l1-too-small" for fault in view.faults):
+        return None
+    others = f"all {count} bitmaps are those" if count > 1 else "a bitmap, and the mapping, are those"
+    return f"{others} of a disk of more than {low} and at most {high} bytes: the size in the header may be wrong"
 
 
 def _l2_tables(view: View) -> Iterator[int]:

@@ -173,8 +173,8 @@ _ROWS = (
         "l1-too-small", _CORRUPTION, _NONE, _REFUSES, "L1 table shorter than the virtual size needs",
         _NO_START,
         (
-            "compare size and l1_size with what the VM had; correct the one that is wrong: a larger l1_size reads"
-            " foreign bytes as mapping"
+            "compare size and l1_size with what the VM had, and with the tables of bitmaps, which are as long as the disk "
+            "needs; correct the one that is wrong: a larger l1_size reads foreign bytes as mapping"
         ),
         hides=True,
     ),
@@ -659,8 +659,9 @@ _ROWS = (
     Problem(
         "bitmap-table-size", _BITMAP, _LOSSLESS, _REFUSES, "bitmap table of the wrong size for the disk",
         _NO_START_FOR_BITMAP,
-        "`qcow2bm resize IMAGE SIZE` with the size that the disk has makes the bitmap fit it, what its table did not "
-        "cover being dirty; or " + _QUARANTINE,
+        "if it is so with every bitmap, first compare the size of the disk with what the VM had: that field may be the "
+        "damage; else `qcow2bm resize IMAGE SIZE` with the size that the disk has makes the bitmap fit it, what its "
+        "table did not cover being dirty; or " + _QUARANTINE,
         hides=True,
     ),
     Problem(

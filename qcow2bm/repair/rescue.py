@@ -89,10 +89,13 @@ def _extension(shop: Workshop) -> Iterator[Proposal]:
 
 def _dropping(shop: Workshop, found: list[Finding]) -> Step:
     title = "drop the bitmaps extension: no bitmap can be found by it"
-    return _step(title, found, RepairClass.GUESS if shop.view.doubt else _quarantine_class(shop))
+    return _step(title, found, _quarantine_class(shop))
 
 
 def _quarantine_class(shop: Workshop) -> RepairClass:
+    """Taking out what is broken loses nothing, if the undo file keeps it; but it may be the header that is wrong."""
+    if shop.view.doubt:
+        return RepairClass.GUESS
     return RepairClass.LOSSLESS if shop.policy.keeps_undo else RepairClass.LOSSY
 
 
@@ -161,6 +164,8 @@ def _entries(shop: Workshop) -> Iterator[Proposal]:
         if listing.broken:
             names = ", ".join(f"'{bitmap.name}' ({why})" for bitmap, why in listing.broken[:5])
             title = f"quarantine {len(listing.broken)} of {listing.total} bitmaps: {names}"
+        if shop.view.doubt:
+            title += f"; but {shop.view.doubt}"
         yield _step(title, broken, _quarantine_class(shop)), partial(_quarantine, shop, pointer, listing)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import qcow2bm
+from qcow2bm.__main__ import main
 from tests.support.qemu import StorageDaemon, check, create_luks, guest_digest, qemu_img, qemu_io, read_bitmaps
 from tests.support.raw import BITMAPS, Raw
 
@@ -97,3 +98,24 @@ def test_an_l1_entry_with_nothing_but_flags_does_not_end_qemu(tmp_path: Path) ->
     with StorageDaemon(image) as vm:
         vm.write(0, 512)
     assert check(image)["returncode"] == 0
+
+
+@pytest.mark.parametrize("size", [2 << 30, 40 << 30], ids=["smaller", "larger"])
+def test_bitmaps_that_agree_on_another_size_of_the_disk_are_taken_out_as_a_guess_only(
+    tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bit of the size is wrong: they are sound, and all that keeps a VM from a disk that was cut off."""
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", image, "10G")
+    for name in "ab":
+        qemu_img("bitmap", "--add", "-g", "4096", image, name)
+    qemu_io(image, "write -P 1 9G 1M")
+    sound, raw = image.read_bytes(), Raw.load(image)
+    raw.put(24, size)
+    raw.save(image)
+    for allowed in ("lossless", "lossy"):
+        assert main(["repair", str(image), "--yes", "--allow", allowed]) in (2, 4)
+        assert "the size in the header may be wrong" in capsys.readouterr().out
+        assert image.read_bytes() == raw.data
+    raw.put(24, 10 << 30)
+    assert raw.data == sound
