@@ -173,8 +173,8 @@ _ROWS = (
         "l1-too-small", _CORRUPTION, _NONE, _REFUSES, "L1 table shorter than the virtual size needs",
         _NO_START,
         (
-            "compare size and l1_size with what the VM had, and with the tables of bitmaps, which are as long as the disk "
-            "needs; correct the one that is wrong: a larger l1_size reads foreign bytes as mapping"
+            "compare size and l1_size with what the VM had, and with the tables of bitmaps, which are as long as the "
+            "disk needs; correct the one that is wrong: a larger l1_size reads foreign bytes as mapping"
         ),
         hides=True,
     ),

@@ -149,6 +149,7 @@ class OverlayFile(ImageFile):
         summary: tuple[str, ...],
         kept: tuple[Kept, ...] = (),
         *,
+        freed: Collection[int] = (),
         journaled: bool = True,
     ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
@@ -162,6 +163,7 @@ class OverlayFile(ImageFile):
                 is counted in the base is none that was free on the disk: whoever finds the change cut short must be
                 able to tell by its count that somebody else has taken a cluster. So its old bytes are kept, too.
             kept: ranges of the base that the undo file is to keep.
+            freed: numbers of the clusters that the base refers to, and that are used no more.
             journaled: False where a change that is torn does no harm and there is no place for a journal.
         """
         size = image.geometry.cluster_size
@@ -195,7 +197,9 @@ class OverlayFile(ImageFile):
         else:
             stages = _marked(image, stages)
         return Plan(
-            size, self.base.size, self.size, tuple(stages), max(0, len(stages) - 1), summary=summary, kept=kept
+            size, self.base.size, self.size, tuple(stages), max(0, len(stages) - 1), summary=summary, kept=kept,
+            # Of what is written to as well the undo file has the bytes themselves.
+            freed=frozenset(freed) - {write.offset // size for stage in stages for write in stage.writes},
         )  # fmt: skip
 
     def _differing(self, cluster_size: int) -> Iterator[tuple[int, int]]:

@@ -119,7 +119,15 @@ def lowered(shop: Workshop) -> Iterator[Proposal]:
             step = Step(f"{title} ({count})", kind, Scope.LEAKS, {code: count})
             if code == "leak-unproven":
                 step.refused = "what may have cut them off is still there"
-            yield step, partial(_set, shop, foreign)
+            # A plain leak is nobody's; of others the old state may be what refers to them, and an undo goes by that.
+            yield step, partial(_set if code == "leak" else _give_back, shop, foreign)
+
+
+def _give_back(shop: Workshop, wanted: list[_Run]) -> None:
+    _set(shop, wanted)
+    for run in wanted:
+        if not run.target:
+            shop.freed.update(range(run.first, run.first + run.clusters))
 
 
 def _as_sure_as_ever(shop: Workshop) -> str:

@@ -15,6 +15,7 @@ from ..checks.runner import DEFAULT_LIMIT, Inspection, inspect, report_on
 from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
 from ..format.header import UNKNOWN_INCOMPATIBLE
+from ..image.disk_refcounts import DiskRefcounts
 from ..image.image import Qcow2Image
 from ..image.overlay import OverlayFile, Savepoint
 from ..image.plan import Kept, Plan
@@ -45,6 +46,7 @@ class _Before(NamedTuple):
     file: Savepoint
     taken: frozenset[int]
     given_up: frozenset[int]
+    freed: frozenset[int]
     uncounted: frozenset[int]
     kept: int
 
@@ -61,6 +63,7 @@ class Workshop:
         doubtful: True if leaks may be none for another reason, or could at some time.
         taken: clusters that steps have filled; they were free.
         given_up: clusters that nothing but what steps have taken out of the image used.
+        freed: clusters that steps have given back, and that the image as it was may refer to.
         uncounted: refcount blocks that steps have dropped.
         salvages: bits that were worked out for bitmaps, by name.
         kept: ranges of the image as it was before that the undo file is to keep.
@@ -75,10 +78,12 @@ class Workshop:
         self.doubtful = False
         self.taken: set[int] = set()
         self.given_up: set[int] = set()
+        self.freed: set[int] = set()
         self.uncounted: set[int] = set()
         self.kept: list[Kept] = []
         self.salvages: dict[str, Salvaged] = {}
         self.progress = progress
+        self._counts = DiskRefcounts(file.base)
         self._step: Step | None = None
         self._mark: _Before | None = None
         self._first: Qcow2Image | None = None
@@ -198,6 +203,7 @@ class Workshop:
             self.file.savepoint(),
             frozenset(self.taken),
             frozenset(self.given_up),
+            frozenset(self.freed),
             frozenset(self.uncounted),
             len(self.kept),
         )
@@ -210,7 +216,7 @@ class Workshop:
         assert step is not None
         self.file.rewind(before.file)
         self.taken, self.given_up = set(before.taken), set(before.given_up)
-        self.uncounted = set(before.uncounted)
+        self.freed, self.uncounted = set(before.freed), set(before.uncounted)
         del self.kept[before.kept :]
         step.edits.clear()
         step.edits_left_out = 0
@@ -300,7 +306,10 @@ class Workshop:
         return None
 
     def _is_free(self, view: View, cluster: int) -> bool:
-        return cluster not in self.taken and view.stored.get(cluster) == 0 and not view.census.references(cluster)
+        """What the image itself counts is not used again by the same repair: until it is done the old state has it."""
+        if cluster in self.taken or view.stored.get(cluster) or view.census.references(cluster):
+            return False
+        return not self._counts.get(cluster)
 
     def _behind_the_end(self, view: View, count: int) -> int:
         """The first of `count` clusters behind all that is used or counted, and behind the end of a regular file.
@@ -333,13 +342,15 @@ class Workshop:
                 self.taken.update(range(write.offset // size, -(-write.end // size)))
                 self._end = max(self._end, -(-write.end // size))
             self.write(write.offset, bytes(write.read()), write.purpose)
+        self.freed |= plan.freed
         self.file.truncate(plan.size_after)
         self._is_stale = self._wrote = True
 
     def plan(self, summary: Sequence[str]) -> Plan:
         """All that has been changed, as one plan for the file below."""
         assert self._first is not None
-        return self.file.plan(self._first, self.taken, tuple(summary), tuple(self.kept))
+        freed = (self.given_up | self.freed) - self.taken
+        return self.file.plan(self._first, self.taken, tuple(summary), tuple(self.kept), freed=freed)
 
 
 def _shared(found: dict[str, list[Finding]]) -> Spans:
