@@ -8,6 +8,7 @@ from bitarray import bitarray
 
 from ..bitmap.bits import BitVector
 from ..bitmap.chunks import Chunk, Constant
+from ..errors import ImageIOError, from_os_error
 from ..image.spill import Spill
 from .marks import Held
 
@@ -24,11 +25,17 @@ class _Store:
         weakref.finalize(self, self._spill.close)
 
     def keep(self, bits: bitarray) -> Chunk:
-        """A chunk of these bits. Raises OSError."""
+        """A chunk of these bits. Raises ImageIOError."""
         self._left -= len(bits) // 8
         if self._left >= 0:
             return Held(bits.copy())
-        return _Spilled(self, self._spill.put(bits.tobytes()))
+        try:
+            return _Spilled(self, self._spill.put(bits.tobytes()))
+        except OSError as error:
+            from tempfile import gettempdir  # rarely needed, and slow to load
+
+            text = f"the result cannot be kept in {gettempdir()}: {from_os_error(error).message}"
+            raise ImageIOError(text, hint="TMPDIR can name another folder for temporary files") from error
 
     def get(self, place: int, length: int) -> bytes:
         """Bytes that were put there. Raises OSError."""
@@ -53,7 +60,7 @@ def held(bits: BitVector) -> BitVector:
     """The same bits, of which nothing is read from elsewhere any more.
 
     Raises:
-        OSError: there is no room for them.
+        ImageIOError: there is no room for them, or they cannot be read.
     """
     store, chunks = _Store(), list[Chunk]()
     for index in range(len(bits.chunks)):

@@ -137,7 +137,7 @@ def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
     inside, behind = set[int](), set(counts.clusters(end, image.size))
     for record in undo.records:
         clusters = counts.clusters(record.offset, record.offset + record.filled)
-        if record.filled and record.stage <= reached:
+        if record.filled and (record.stage <= reached or _is_as_filled(image, record)):
             behind.difference_update(clusters)
         elif record.offset < undo.size_before:
             inside.update(clusters if record.filled else ())

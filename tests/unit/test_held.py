@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from qcow2bm.bitmap.bits import BitVector
 from qcow2bm.bitmap.chunks import ONES, ZEROES
 from qcow2bm.chain import held as module
 from qcow2bm.chain.held import held
+from qcow2bm.errors import ImageIOError
+from qcow2bm.image.spill import Spill
 from tests.fuzz.alone import Alone
 from tests.fuzz.monster_parts import sound_image
 from tests.fuzz.monsters import MONSTERS
@@ -56,6 +61,17 @@ def test_the_temporary_file_goes_with_the_bits(monkeypatch: pytest.MonkeyPatch) 
     del kept
     gc.collect()
     assert temporary_files() == before
+
+
+def test_where_there_is_no_room_it_is_said_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(_spill: Spill, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(Spill, "put", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ImageIOError, match=f"kept in {tmp_path}: No space left on device"):
+        held(bits())
 
 
 def test_a_proof_does_not_go_through_four_thousand_million_bits_one_by_one(tmp_path: Path) -> None:
