@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from ..errors import ExportFileError, from_os_error, naming
+from ..errors import ExportFileError, ImageIOError, from_os_error, naming
 from ..format.header import MAGIC as QCOW2_MAGIC
 from .file import close_fd, read_fd
 from .undo_writer import sync_folder
@@ -56,6 +56,7 @@ class NewFile:
         self._force = force
         self._temporary = self._path.with_name(f".{self._path.name[:200]}.{secrets.token_hex(4)}")
         self._stream: BinaryIO | None = None
+        self._is_whole = False
 
     def __enter__(self) -> BinaryIO:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -84,7 +85,15 @@ class NewFile:
         finally:
             with contextlib.suppress(OSError):  # what is left in its buffer after an error
                 self._stream.close()
+            self._discard()
+
+    def _discard(self) -> None:
+        try:
             self._temporary.unlink(missing_ok=True)
+        except OSError as error:
+            text = f"a temporary file stays, {self._temporary} ({from_os_error(error).message})"
+            hint = "what was written is whole" if self._is_whole else None
+            raise ImageIOError(text, image=self._path, hint=hint) from error
 
     def _give_name(self) -> None:
         if self._force:
@@ -94,7 +103,12 @@ class NewFile:
                 self._link()  # unlike a rename, never over a file that has come meanwhile
             except FileExistsError:
                 raise ExportFileError(f"{self._path} is there already", hint="--force replaces it") from None
-        sync_folder(self._path)
+        self._is_whole = True
+        try:
+            sync_folder(self._path)
+        except OSError as error:
+            text = f"it is whole, but a power cut may take its name away ({from_os_error(error).message})"
+            raise ImageIOError(text, image=self._path) from error
 
     def _link(self) -> None:
         try:

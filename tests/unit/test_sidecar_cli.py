@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -279,6 +280,28 @@ def test_places_where_no_file_can_be(kind: str, image: Path, tmp_path: Path, run
         refused = run("export", image, place, *words)
         assert refused.status == 1
         assert str(place) in refused.err
+
+
+@pytest.mark.parametrize("call", ["unlink", "fsync"])
+def test_what_fails_after_an_export_is_whole_is_said_so(
+    image: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Whoever believes that there is none would export again, and be told that it is there already."""
+    said = {"unlink": "a temporary file stays", "fsync": "it is whole, but"}[call]
+    path, real = tmp_path / "out", getattr(os, call)
+
+    def fail(what: object, *args: object, **options: object) -> object:
+        if call == "unlink" or (isinstance(what, int) and Path(f"/proc/self/fd/{what}").is_dir()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(what, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        ended = run("export", image, path)
+    assert ended.status == 1
+    assert f"{path}: {said}" in ended.err
+    assert run("list", image).status == 0
+    assert run("import", image, path, "--merge", "--dry-run").status == 0
 
 
 def test_nothing_is_left_of_an_export_that_fails(image: Path, tmp_path: Path, run, monkeypatch) -> None:
