@@ -5,6 +5,7 @@ shapes      the images
 trial       one command on one image: the old state, the new one, and a judge who knows both
 judge       what a folder is worth: the old state, the new one, or something that must not be
 calls       the functions of `os` that count
+order       in which order things must reach the disk, as rules about what was recorded
 
 Four kinds of fire (`fires`), each with one function that tries a command on a shape and gives an Outcome:
 
