@@ -91,10 +91,10 @@ class HeaderDraft:
         return Write.replace(start, old[start:end], new[start:end], f"header: {purpose}")
 
     def _torn(self, name: str) -> Switch:
-        """A rewrite that one sector does not hold, while the corrupt bit keeps QEMU out."""
+        """A rewrite that one sector does not hold, while the mark keeps everybody out."""
         if self.image.header.version < 3:
             raise UnsupportedImageError(
-                "a version 2 header cannot be rewritten in more than one sector: no corrupt bit would keep QEMU out",
+                "a version 2 header cannot be rewritten in more than one sector: no feature bit would keep QEMU out",
                 hint="`qemu-img amend -o compat=1.1` makes it version 3",
             )
         before, after = bytearray(self._before), bytearray(self._after(self.steps))

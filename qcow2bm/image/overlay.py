@@ -154,8 +154,8 @@ class OverlayFile(ImageFile):
     ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
 
-        The first cluster is written last. Unless one sector holds it all, the mark (`mark.py`) keeps QEMU from writing
-        meanwhile to an image that a crash has caught half-way.
+        The first cluster is written last. Unless one sector holds it all, the mark (`mark.py`) keeps everybody
+        from an image that a crash has caught half-way.
 
         Args:
             image: the image as it is in the base.
