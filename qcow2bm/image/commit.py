@@ -173,9 +173,21 @@ def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Ke
         return None
     from .undo_writer import UndoWriter  # rarely needed, and its structures take time to declare
 
-    size = plan.cluster_size
-    freed = ((cluster * size, (cluster + 1) * size) for cluster in plan.freed)
-    return UndoWriter.create(path, file, plan.stages, plan.size_after, kept=(*noted, *plan.kept), given_up=freed)
+    kept, freed = (*noted, *plan.kept), _freed_ranges(plan)
+    return UndoWriter.create(path, file, plan.stages, plan.size_after, kept=kept, given_up=freed)
+
+
+def _freed_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
+    """The clusters that a plan frees, there may be millions, as ranges of the file (start, end)."""
+    size, start, end = plan.cluster_size, 0, 0
+    for cluster in sorted(plan.freed):
+        if cluster * size != end:
+            if end > start:
+                yield start, end
+            start = cluster * size
+        end = (cluster + 1) * size
+    if end > start:
+        yield start, end
 
 
 class _OldBytes:

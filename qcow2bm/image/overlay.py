@@ -149,7 +149,7 @@ class OverlayFile(ImageFile):
         summary: tuple[str, ...],
         kept: tuple[Kept, ...] = (),
         *,
-        freed: Collection[int] = (),
+        freed: Iterable[int] = (),
         journaled: bool = True,
     ) -> Plan:
         """What differs from the base, as one change that a journal keeps whole.
@@ -196,10 +196,11 @@ class OverlayFile(ImageFile):
             stages = [replace(stage, journaled=False) for stage in stages]
         else:
             stages = _marked(image, stages)
+        written = {write.offset // size for stage in stages for write in stage.writes}
         return Plan(
             size, self.base.size, self.size, tuple(stages), max(0, len(stages) - 1), summary=summary, kept=kept,
             # Of what is written to as well the undo file has the bytes themselves.
-            freed=frozenset(freed) - {write.offset // size for stage in stages for write in stage.writes},
+            freed=tuple(cluster for cluster in freed if cluster not in written),
         )  # fmt: skip
 
     def _differing(self, cluster_size: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,7 @@ keeps what it replaces, the proof looks at which clusters it touches, and the te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Plan:
     size_after: int
     stages: tuple[Stage, ...] = ()
     commit_stage: int = 0
-    freed: frozenset[int] = field(default_factory=frozenset)
+    freed: Collection[int] = field(default_factory=frozenset)
     summary: tuple[str, ...] = ()
     kept: tuple[Kept, ...] = ()
     cut_to: int | None = None

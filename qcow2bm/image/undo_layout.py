@@ -102,7 +102,7 @@ class KeptPart(IntEnum):
     """What a kept part is.
 
     A range, with its label after the head; a piece, with its bytes, none if all are zero; or a piece of clusters that
-    were given up, with the checksum of their bytes.
+    were given up, with the checksum of their bytes, none of a hole.
     """
 
     RANGE = 1

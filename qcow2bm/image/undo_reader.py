@@ -228,17 +228,21 @@ class UndoReader:
                 ranges.append(Kept(label, head.offset, head.length))
         return KeptBytes(self, tuple(ranges), sorted(pieces))
 
-    def given_up(self) -> Iterator[tuple[int, int, int]]:
+    def given_up(self) -> Iterator[tuple[int, int, int | None]]:
         """Offset, length and CRC-32C of what the change gave up, which the image relies on again when it is undone.
+
+        There is no checksum of what is all zeroes, which may be of any length.
 
         Raises:
             UndoError: the file is damaged.
         """
         parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.given_up_at, self._summary.given_up)
         for number, (head, at) in enumerate(parts):
-            if head is None or head.kind != KeptPart.GIVEN_UP or head.stored != CRC_SIZE or head.length > PIECE:
+            sound = head is not None and head.kind == KeptPart.GIVEN_UP and head.stored in (0, CRC_SIZE)
+            if head is None or not sound or (head.stored and head.length > PIECE):
                 raise UndoError(f"{self.path} is damaged in piece {number} of what was given up")
-            yield head.offset, head.length, int.from_bytes(read_fd(self._fd, head.stored, at), "little")
+            checksum = int.from_bytes(read_fd(self._fd, head.stored, at), "little") if head.stored else None
+            yield head.offset, head.length, checksum
 
     @cached_property
     def data_file(self) -> NotedDataFile | None:

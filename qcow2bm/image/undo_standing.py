@@ -150,9 +150,16 @@ def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
     """True if nobody has put anything else there: the old state refers to it, and nothing but a checksum was kept."""
     return all(
-        offset + length <= image.size and crc(image.read_padded(offset, length)) == expected
+        offset + length <= image.size
+        and (_is_zero(image, offset, length) if expected is None else crc(image.read_at(offset, length)) == expected)
         for offset, length, expected in undo.given_up()
     )
+
+
+def _is_zero(image: ImageFile, offset: int, length: int) -> bool:
+    if image.is_hole(offset, length):
+        return True
+    return not any(any(image.read_at(start, stop - start)) for start, stop in pieces(offset, offset + length))
 
 
 def _is_as_filled(image: ImageFile, record: Record) -> bool:

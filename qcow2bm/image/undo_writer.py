@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import UndoError
 from .file import ImageFile, close_fd, flush_error, read_fd, write_fd
 from .plan import SECTOR, Kept, Stage, Write
-from .undo_layout import PIECE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
+from .undo_layout import CRC_SIZE, PIECE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
 
 _CLOSED = -1
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -265,11 +265,11 @@ def _kept_parts(image: ImageFile, kept: Sequence[Kept]) -> Iterator[tuple[bytes,
 
 
 def _given_up_parts(image: ImageFile, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
-    """Head and checksum of each range as far as the file reaches, in pieces."""
+    """Head and checksum of each range as far as the file reaches, in pieces; of a hole there is no checksum."""
     for start, end in _joined((start, min(end, image.size)) for start, end in ranges):
-        for at in range(start, end, PIECE):
-            length = min(PIECE, end - at)
-            yield _part(KeptPart.GIVEN_UP, at, length, crc(image.read_padded(at, length)).to_bytes(4, "little"))
+        for at, length, data in _stretches(image, start, end):
+            checksum = b"" if data is None else crc(data).to_bytes(CRC_SIZE, "little")
+            yield _part(KeptPart.GIVEN_UP, at, length, checksum)
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -286,16 +286,21 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(image: ImageFile, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """A range of the file in pieces. A hole is one piece without bytes, however large, and is not read."""
+    """A range of the file in pieces; one without bytes is zeroes."""
+    for at, length, data in _stretches(image, start, end):
+        yield _part(KeptPart.PIECE, at, length, b"" if data is None or _is_zero(data) else data)
+
+
+def _stretches(image: ImageFile, start: int, end: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Offset, length and bytes of the pieces of a range. A hole is one piece, however large, and is not read."""
     while start < end:
         hole_end = min(image.next_data(start), end)
         if hole_end > start:
-            yield _part(KeptPart.PIECE, start, hole_end - start, b"")
+            yield start, hole_end - start, None
             start = hole_end
             continue
         length = min(PIECE, end - start)
-        data = image.read_at(start, length)
-        yield _part(KeptPart.PIECE, start, length, b"" if _is_zero(data) else data)
+        yield start, length, image.read_at(start, length)
         start += length
 
 

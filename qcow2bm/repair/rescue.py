@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 
 from ..bitmap import header_area
 from ..bitmap.quarantine import keep
@@ -315,19 +315,21 @@ def _drop_extension(shop: Workshop) -> None:
 
 @dataclass(slots=True)
 class _Names:
-    """Names that are taken."""
+    """Names that are taken, and the number to try next behind each: tens of thousands may be alike."""
 
     taken: set[bytes]
+    next: dict[bytes, int] = field(default_factory=dict)
 
     def free_like(self, name: bytes) -> bytes:
         """A name like this one that no bitmap has: with a number behind it."""
-        for number in range(2, len(self.taken) + 3):
+        for number in count(self.next.get(name, 2)):
             suffix = f"-{number}".encode()
             candidate = name[: MAX_BITMAP_NAME - len(suffix)] + suffix
             if candidate not in self.taken:
                 self.taken.add(candidate)
+                self.next[name] = number + 1
                 return candidate
-        raise AssertionError("there are more numbers than names")
+        raise AssertionError("there is no last number")
 
 
 def _rename(shop: Workshop) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from ..checks.model import Finding, RepairClass, Report, Tally
@@ -342,14 +343,14 @@ class Workshop:
                 self.taken.update(range(write.offset // size, -(-write.end // size)))
                 self._end = max(self._end, -(-write.end // size))
             self.write(write.offset, bytes(write.read()), write.purpose)
-        self.freed |= plan.freed
+        self.freed.update(plan.freed)
         self.file.truncate(plan.size_after)
         self._is_stale = self._wrote = True
 
     def plan(self, summary: Sequence[str]) -> Plan:
         """All that has been changed, as one plan for the file below."""
         assert self._first is not None
-        freed = (self.given_up | self.freed) - self.taken
+        freed = (cluster for cluster in chain(self.given_up, self.freed) if cluster not in self.taken)
         return self.file.plan(self._first, self.taken, tuple(summary), tuple(self.kept), freed=freed)
 
 

@@ -279,7 +279,7 @@ def test_an_interrupted_change_is_rolled_back_first_and_told(tmp_path: Path, run
     with recorded(tmp_path) as ops:
         assert run("remove", image, "a")[0] == 0
     writes = [place for place, op in enumerate(ops) if op.kind == "write" and op.file == before.names[image.name]]
-    marked = next(place for place in writes if ops[place].offset == 72 and ops[place].data[7] & 2)
+    marked = next(place for place in writes if ops[place].offset == 72 and ops[place].data[0] & 0x40)
     before.after(ops[: marked + 1]).write(tmp_path)
     assert run("list", image)[0] == 1
     status, _, err = run("check", image)

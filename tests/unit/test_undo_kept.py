@@ -342,8 +342,7 @@ def test_a_torn_repair_is_rolled_back_by_undo_itself_and_its_undo_file_is_then_u
     torn = bytearray(image.read_bytes())
     torn[65536 * 3 : 65536 * 3 + 512] = before[65536 * 3 : 65536 * 3 + 512]
     torn[:512] = before[:512]
-    torn[79] |= 2  # the two bits of the mark, which is cleared last
-    torn[88] |= 128
+    torn[72] |= 0x40  # the mark, which is cleared last
     image.write_bytes(torn)
     qcow2bm.undo(image, undo)
     assert image.read_bytes() == before
@@ -360,8 +359,7 @@ def test_another_undo_file_is_not_taken_for_the_journal(tmp_path: Path) -> None:
     torn = bytearray(image.read_bytes())
     torn[65536 * 3 : 65536 * 3 + 512] = before[65536 * 3 : 65536 * 3 + 512]
     torn[:512] = before[:512]
-    torn[79] |= 2  # the two bits of the mark, which is cleared last
-    torn[88] |= 128
+    torn[72] |= 0x40  # the mark, which is cleared last
     image.write_bytes(torn)
     other = tmp_path / "other"
     other.write_bytes(undo.read_bytes())
