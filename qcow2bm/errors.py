@@ -123,7 +123,7 @@ class OutdatedPlanError(Qcow2bmError):
 
 
 class InterruptedChangeError(Qcow2bmError):
-    """A crash cut a change short, and the image must be opened for writing to settle it."""
+    """A crash cut a change short. A command that opens the image for writing settles it, if its journal is there."""
 
 
 class InUseError(Qcow2bmError):
