@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from operator import sub
 
-from ..format.entries import L2Entry, table_entries
+from ..format.entries import OFFSET_MASK, L2Entry, table_entries
 from ..format.geometry import Geometry
 from .census import GUEST, Batch, Census, Mismatch, Overlap, TableFacts, Use, must_not_share
 from .stored import StoredRefcounts
@@ -90,9 +90,12 @@ class PlainCensus(Census):
                     yield L2Entry(value, bitmap), 1
             return
         steps = map(sub, values[1:], values)
-        # The second cluster of the file does not continue an entry of 0; an entry of 0 continues another.
+        # The second cluster of the file does not continue an entry of 0, with flags or without: that names no cluster.
+        # An entry of 0 continues another.
         breaks = [
-            at for at, step in enumerate(steps, 1) if (step != size or not values[at - 1]) and (step or values[at])
+            at
+            for at, step in enumerate(steps, 1)
+            if (step != size or not values[at - 1] & OFFSET_MASK) and (step or values[at])
         ]
         for start, stop in pairwise([0, *breaks, len(values)]):
             entry = L2Entry(values[start])

@@ -24,8 +24,12 @@ from unittest.mock import patch
 
 import pytest
 
+import qcow2bm
+from qcow2bm.checks.model import Severity
 from tests.support.bases import ROWS, Base, lay_out, make_bases
 from tests.support.damage import DAMAGES, Damaged, Generator
+from tests.support.qemu import check, qemu_img, qemu_io
+from tests.support.raw import Raw
 
 ROUNDS = int(os.environ.get("DAMAGE_ROUNDS", "20"))
 """Images for each base. The ordinary run has 20; to look for more, `DAMAGE_ROUNDS=1000 pytest -n auto` on this file."""
@@ -243,3 +247,21 @@ def test_all_outcomes_occur(generator: Generator, tmp_path: Path) -> None:
         excused += excuse(answer) is not None
     assert all(seen[status] >= seen.total() * 0.05 for status in (0, 1, 2, 3)), seen
     assert excused < seen.total() * 0.03, excused
+
+
+@pytest.mark.parametrize("flags", [0, 1 << 63], ids=["no flag", "copied"])
+def test_the_second_cluster_of_the_file_does_not_continue_an_entry_that_names_none(tmp_path: Path, flags: int) -> None:
+    """As where the bit of a data file is lost: the guest's first cluster lay at 0 of that."""
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", image, "4M")
+    qemu_io(image, "write -P 1 0 1M")
+    raw = Raw.load(image)
+    for number in range(16):
+        raw.put(raw.l2_entry(number), (flags if not number else 1 << 63) | number * raw.cluster_size)
+    raw.save(image)
+    theirs = check(image)
+    ours = qcow2bm.check(image)
+    assert theirs["corruptions"] > 4
+    assert ours.allocation.allocated == theirs["allocated-clusters"] == 15
+    assert {"metadata-overlap", "leak-unproven"} & set(ours.counts), ours.counts
+    assert ours.worst is Severity.CORRUPTION
