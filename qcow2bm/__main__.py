@@ -7,10 +7,19 @@ What is loaded when is part of the design. Typer costs five times the rest of a 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from io import StringIO, TextIOWrapper
 
 from . import __version__
+
+
+def program() -> int:
+    """The program as a process of its own: `main`, after which it ends."""
+    status = main()
+    # All is done and said. A signal that came now would show as a traceback of the interpreter's own ending.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,4 +79,4 @@ def _secure_streams() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -265,3 +265,16 @@ def test_it_runs_in_a_thread_too(image: Path) -> None:
     thread.start()
     thread.join()
     assert statuses == [0]
+
+
+def test_a_signal_that_comes_when_all_is_done_shows_nothing() -> None:
+    """The interpreter takes its time to end, and would print a traceback of that."""
+    script = (
+        "import atexit, os, signal, sys\n"
+        "from qcow2bm.__main__ import program\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['qcow2bm', '--version']\n"
+        "sys.exit(program())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
