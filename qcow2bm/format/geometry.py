@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .limits import (
@@ -30,6 +31,20 @@ def div_up(number: int, divisor: int) -> int:
 def round_up(number: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `number`."""
     return div_up(number, multiple) * multiple
+
+
+def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Sorted numbers as runs (first, count)."""
+    first, count = 0, 0
+    for number in numbers:
+        if count and number == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = number, 1
+    if count:
+        yield first, count
 
 
 def is_power_of_two(number: int) -> bool:

@@ -31,6 +31,7 @@ from ..errors import (
     from_os_error,
     naming,
 )
+from ..format.geometry import runs
 from .data_file import FollowingFile
 from .file import JOURNAL_SUFFIX, ImageFile
 from .image import Qcow2Image
@@ -179,15 +180,8 @@ def _undo_writer(file: ImageFile, plan: Plan, path: Path | None, noted: tuple[Ke
 
 def _freed_ranges(plan: Plan) -> Iterator[tuple[int, int]]:
     """The clusters that a plan frees, there may be millions, as ranges of the file (start, end)."""
-    size, start, end = plan.cluster_size, 0, 0
-    for cluster in sorted(plan.freed):
-        if cluster * size != end:
-            if end > start:
-                yield start, end
-            start = cluster * size
-        end = (cluster + 1) * size
-    if end > start:
-        yield start, end
+    size = plan.cluster_size
+    return ((first * size, (first + count) * size) for first, count in runs(sorted(plan.freed)))
 
 
 class _OldBytes:

@@ -16,12 +16,12 @@ from ..checks.model import Finding, RepairClass
 from ..checks.stored import StoredRefcounts
 from ..errors import NoSpaceError
 from ..format.entries import refcount_block_offset, set_refcount, table_bytes
-from ..format.geometry import Geometry, div_up
+from ..format.geometry import Geometry, div_up, runs
 from ..format.header import REFCOUNT_TABLE_FIELDS
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
 from ..image.plan import SECTOR
 from .model import Proposal, Scope, Step
-from .workshop import Workshop, runs
+from .workshop import Workshop
 
 _BAD_TABLE = ("refcount-table-missing", "refcount-table-size", "refcount-table-offset", "refcount-table-outside")
 _BAD_BLOCK = ("refcount-block-reserved", "refcount-block-unaligned", "refcount-block-outside", "refcount-block-shared")

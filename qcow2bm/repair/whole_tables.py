@@ -11,9 +11,10 @@ from typing import Any
 
 from ..checks.model import Finding
 from ..format.entries import table_entries
+from ..format.geometry import runs
 from .folded import l1_masked, l2_masked, l2_table
 from .model import GuestRange
-from .workshop import Workshop, runs
+from .workshop import Workshop
 
 Mend = Callable[[Any, Any], tuple[Any, Any]]
 """What becomes of an entry and its subcluster bitmap: of one as integers, or of many as arrays."""

@@ -7,7 +7,7 @@ disk, so no step needs to know what another did.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -357,17 +357,3 @@ class Workshop:
 def _shared(found: dict[str, list[Finding]]) -> Spans:
     findings = (finding for code in SHARED for finding in found.get(code, ()))
     return Spans((f.values["first"], f.values["first"] + f.count) for f in findings).sorted()
-
-
-def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Sorted numbers as runs (first, count)."""
-    first, count = 0, 0
-    for number in numbers:
-        if count and number == first + count:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = number, 1
-    if count:
-        yield first, count
