@@ -33,6 +33,7 @@ bench: dev ## measure against qemu-img and rewrite docs/performance.md
 
 fuzz: tools dev $(VENV)/.fuzzer ## 100,000 hostile images, guided fuzzing, and every test with many more examples
 	$(BIN)/python -m tests.fuzz --images 100000
+	$(BIN)/python -m tests.fuzz.verdict --images 10000
 	$(BIN)/python -m tests.fuzz.guided --seconds 600
 	MONSTERS=all $(BIN)/python -m pytest -n auto tests/interop/test_hostile_images.py
 	HYPOTHESIS_PROFILE=deep $(BIN)/python -m pytest -n auto tests/property

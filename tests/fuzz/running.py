@@ -118,8 +118,8 @@ def try_one(material: Material, number: int, folder: Path) -> str | None:
     if chosen.side is not None:
         side.write_bytes(chosen.side)
     before = image.stat().st_mtime_ns
-    said, status = _run([word.format(image=image, folder=folder, side=side) for word in chosen.line.split()])
-    wrong = _wrong(said, status)
+    said, status = run_here([word.format(image=image, folder=folder, side=side) for word in chosen.line.split()])
+    wrong = misbehaved(said, status)
     refused = status not in (0, 3) and chosen.line.split()[0] not in _MAY_WRITE_ALL_THE_SAME and chosen.name != JOURNAL
     if wrong is None and chosen.reads and (image.stat().st_mtime_ns != before or image.read_bytes() != chosen.image):
         wrong = "a command that reads has written to the image"
@@ -128,7 +128,8 @@ def try_one(material: Material, number: int, folder: Path) -> str | None:
     return None if wrong is None else f"image {number}, `{chosen.line}`: {wrong}"
 
 
-def _run(words: list[str]) -> tuple[str, int | str]:
+def run_here(words: list[str]) -> tuple[str, int | str]:
+    """Run a command in this process: what it says, and its status, or why it had to be stopped."""
     out = io.StringIO()
     stopped: list[str] = []
 
@@ -151,7 +152,8 @@ def _run(words: list[str]) -> tuple[str, int | str]:
     return out.getvalue(), status
 
 
-def _wrong(said: str, status: int | str) -> str | None:
+def misbehaved(said: str, status: int | str) -> str | None:
+    """What no command may do, on whatever image; None if it did not."""
     if isinstance(status, str):
         return status
     if "Traceback" in said or "qcow2bm: internal error" in said:

@@ -1,4 +1,4 @@
-"""Six hundred hostile images that are always the same; `make fuzz` runs a hundred thousand."""
+"""Hostile images that are always the same: six hundred, and a hundred for QEMU's word; `make fuzz` runs many more."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 
 from qcow2bm import __main__
 from qcow2bm.cli.app import COMMANDS
+from tests.fuzz import verdict
 from tests.fuzz.running import CHANGING, READING, Material, case, try_one
 
 IMAGES = 600
+JUDGED = 100
 PARTS = 10
 
 
@@ -24,6 +26,20 @@ def test_whatever_an_image_holds_a_command_ends_well(material: Material, part: i
     numbers = range(part * IMAGES // PARTS, (part + 1) * IMAGES // PARTS)
     bad = [wrong for number in numbers if (wrong := try_one(material, number, tmp_path)) is not None]
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_qemu_never_thinks_otherwise(material: Material, part: int) -> None:
+    numbers = range(part * JUDGED // PARTS, (part + 1) * JUDGED // PARTS)
+    bad = verdict.try_many(material.generator, numbers)
+    assert not bad, "\n".join(bad)
+
+
+def test_qemu_s_other_opinion_is_noticed(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that calls everything clean and says that everything is done."""
+    monkeypatch.setattr(verdict, "run_here", lambda _words: ("", 0))
+    bad = verdict.try_many(material.generator, range(20))
+    assert any("`check`: clean, but QEMU's check says" in wrong for wrong in bad)
 
 
 def test_an_image_is_the_same_each_time(material: Material) -> None:
