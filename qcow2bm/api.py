@@ -1,4 +1,4 @@
-"""The public face: what `import qcow2bm` offers. Thin: the work is done in `image/` and `bitmap/`."""
+"""The public face: images, edits, checks and repairs as `import qcow2bm` offers them. Thin: others do the work."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qcow2bm.bitmap.bits import BitVector
 from qcow2bm.bitmap.chunks import ONES, ZEROES, Chunk, Combined, Inverted, Op, Patched
 from qcow2bm.format.bitmap_directory import BitmapEntry, BitmapFlag
-from qcow2bm.format.entries import ALL_ONES, COMPRESSED, COPIED, OFFSET_MASK, ZERO, CompressedDescriptor
+from qcow2bm.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, CompressedDescriptor
 from qcow2bm.format.extensions import BitmapsExtension, CryptoHeaderPointer, Extension, ExtensionType, FeatureName
 from qcow2bm.format.geometry import Geometry
 from qcow2bm.format.header import Autoclear, Compatible, Header, Incompatible
@@ -184,6 +184,3 @@ def bit_vectors(draw: st.DrawFn, length: int | None = None, chunk_bytes: int | N
     bits = draw(st.integers(0, 8 * size * 4)) if length is None else length
     count = -(-bits // (8 * size))
     return BitVector(bits, size, draw(st.lists(_chunks(size), min_size=count, max_size=count)))
-
-
-table_values = st.sampled_from([0, ALL_ONES]) | u64

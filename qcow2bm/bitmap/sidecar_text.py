@@ -12,14 +12,15 @@ from collections.abc import Iterable, Iterator
 from enum import StrEnum
 
 from ..errors import ExportFileError, UsageError, naming
-from ..format.geometry import div_up, is_power_of_two
-from ..format.limits import MAX_BITMAP_BYTES, MAX_GRANULARITY_BITS, MIN_GRANULARITY_BITS
+from ..format.geometry import div_up
+from ..format.limits import MAX_BITMAP_BYTES
 from ..format.sidecar import CHUNK_BYTES, MAGIC, Encoding, chunk_count, chunk_size
 from ..image.export_file import Input
 from ..image.image import Qcow2Image
 from .algebra import Ranges, marking
 from .bits import BitVector
 from .chunks import ONES, Constant
+from .draft import require_granularity
 from .extents import MAX_LIST_BYTES, Where, decoded, parse_extents
 from .sidecar import Exported, Progress, lineage_of, named
 from .sidecar_digest import Sum, runs
@@ -214,9 +215,7 @@ def _bitmap(source: Input, said: Exported, bits: BitVector, size: int) -> Export
 
 
 def _require_possible(granularity: int, image: Qcow2Image) -> None:
-    bits = granularity.bit_length() - 1
-    if not is_power_of_two(granularity) or not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
-        raise UsageError(f"granularity {granularity} is not a power of two between 512 bytes and 2 GiB")
+    require_granularity(granularity)
     if image.geometry.bitmap_bytes(granularity) > MAX_BITMAP_BYTES:
         raise UsageError(
             f"at granularity {granularity} a bitmap of this disk is above {MAX_BITMAP_BYTES} bytes",

@@ -317,6 +317,11 @@ class BitmapDirectory:
             self.damage, self.damage_code = error.message, error.code
         self.bitmaps = tuple(found)
 
+    @property
+    def is_ignored(self) -> bool:
+        """QEMU does not look at it: it is detached. Its extension's length QEMU looks at all the same."""
+        return not self.attached and self.damage_code != "bitmaps-extension-length"
+
     def _read(self, image: Qcow2Image) -> Iterator[StoredBitmap]:
         if self.extension is None:
             if self.attached:
@@ -386,6 +391,6 @@ def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
         raise CorruptImageError(text, code="bitmap-directory-offset")
     if not FIXED_LENGTH <= size <= MAX_BITMAP_DIRECTORY_BYTES:
         raise CorruptImageError(f"the bitmap directory's size is {size}", code="bitmap-directory-size")
-    if offset >= image.file.size or offset + size >= image.file.size + image.geometry.cluster_size:
+    if offset >= image.file.size or offset + size >= image.geometry.outside_from(image.file.size):
         text = f"the bitmap directory at {offset:#x} lies outside the file of {image.file.size} bytes"
         raise TruncatedImageError(text, code="bitmap-directory-outside")

@@ -200,7 +200,7 @@ class BulkCensus(Census):
         if entries.bitmaps is not None:
             compressed &= entries.bitmaps[places] == 0
         first, last, end = compressed_clusters(values[compressed], self.geometry)
-        inside = end - self.file_size < self.geometry.cluster_size
+        inside = end < self.geometry.outside_from(self.file_size)
         if inside.any():
             self._count_streams(first[inside], last[inside], batch.active + batch.others)
 

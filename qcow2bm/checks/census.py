@@ -114,8 +114,8 @@ class Census(ABC):
         self.guest = 0
 
     def reaches_outside(self, offset: int, length: int) -> bool:
-        """True if a range ends one cluster or more after the end of the file. The last cluster may be cut short."""
-        return offset + length - self.file_size >= self.geometry.cluster_size
+        """True if a range ends one cluster or more after the end of the file."""
+        return offset + length >= self.geometry.outside_from(self.file_size)
 
     def add(self, use: Use, offset: int, length: int, weight: int = 1) -> bool:
         """Count the clusters of a range; False, and nothing is counted, if it reaches outside the file."""

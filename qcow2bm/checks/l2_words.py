@@ -89,7 +89,7 @@ class L2Words:
         compressed: Mask = self.values & np.uint64(COMPRESSED) != 0
         if data_file:
             return compressed
-        odd: Mask = self.streams[2] >= file_size + self._geometry.cluster_size
+        odd: Mask = self.streams[2] >= self._geometry.outside_from(file_size)
         if self.every & COPIED:
             odd |= self.values & np.uint64(COPIED) != 0
         return odd if self.all_compressed else odd & compressed

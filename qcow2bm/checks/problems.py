@@ -1,6 +1,7 @@
 """THE table of problems: one row for everything a check can find, under a code that never changes.
 
-`docs/problems.md` is generated from it. A new problem is a row here, a generator that yields it, and a fixture.
+`docs/problems.md` is generated from it. A new problem is a row here, a generator that yields it, a remedy, and a
+fixture.
 """
 
 from __future__ import annotations
@@ -802,6 +803,8 @@ _ROWS = (
 )  # fmt: skip
 
 PROBLEMS: dict[str, Problem] = {problem.code: problem for problem in _ROWS}
+SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
+"""Those of clusters with more uses than one."""
 """All problems by code, in the order of the documentation."""
 
 

@@ -18,14 +18,14 @@ from .earlier import earlier_states
 from .model import Allocation, Finding, Report, Tally
 from .owners import OwnerSearch
 from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
+from .problems import SHARED
 from .telling import TOLD, Telling
 from .view import Progress, View, damaged_image, opened, read_header
 
 DEFAULT_LIMIT = 100
 """Findings of each problem that are kept."""
 
-_SHARED = frozenset({"clusters-shared", "metadata-overlap", "bitmap-clusters-shared"})
-_OF_CLUSTERS = _SHARED | {"refcount-too-low", "leak", "leak-doubtful", "leak-unproven", "copied-l1", "copied-l2"}
+_OF_CLUSTERS = {*SHARED, "refcount-too-low", "leak", "leak-doubtful", "leak-unproven", "copied-l1", "copied-l2"}
 _NONSENSE = frozenset({"l1-entry-reserved", "l2-unaligned", "l2-entry-reserved", "data-unaligned", "zero-unaligned"})
 """What entries come to that are read in the wrong way."""
 _HELD = ("leak-unproven", "leak-doubtful", "leak-lost-table")
@@ -219,7 +219,7 @@ def _held_before(file: ImageFile, leaked: Container[int]) -> bool:
 
 def _name_owners(view: View, tally: Tally, *, everything: bool) -> None:
     """Say of the kept findings about clusters who refers to them."""
-    wanted = _OF_CLUSTERS if everything else _SHARED
+    wanted = _OF_CLUSTERS if everything else SHARED
     chosen = [
         index
         for index, finding in enumerate(tally.kept)

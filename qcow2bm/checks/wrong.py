@@ -1,6 +1,6 @@
 """Which entries of whole tables are wrong, and how: what `entries.py` says of one entry, with numpy.
 
-Each function gives a mask for every problem that some entry may have, in the order in which they are told of one.
+Each function gives a mask for every problem that some entry may have.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def l2_faults(
     found["data-outside"] = standard & (offsets >= np.uint64(file_size))
     found["compressed-outside"] = outside = compressed & (bitmaps == 0)
     if outside.any():
-        outside &= compressed_clusters(values, geometry)[2] - file_size >= geometry.cluster_size
+        outside &= compressed_clusters(values, geometry)[2] >= geometry.outside_from(file_size)
     return found
 
 

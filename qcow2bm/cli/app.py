@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 from typer.main import get_command
 
-from ..errors import NotQcow2Error
+from ..errors import NotQcow2Error, UsageError
 from .terminal import printable
 
 app: typer.Typer
@@ -27,7 +27,6 @@ _COMPLETION = "_QCOW2BM_COMPLETE"
 _SIZES = ("COLUMNS", "LINES", "TERMINAL_WIDTH")
 """Environment variables by which a caller says how large the terminal is."""
 _WIDEST = 500
-USAGE_STATUS = 64
 
 _LOOK, _CHANGE, _COMBINE, _SAFETY = "Look", "Change", "Combine", "Safety"
 
@@ -174,13 +173,13 @@ def _explain_usage(error: Any) -> int:  # noqa: ANN401 - a class that Typer does
     context = error.ctx
     if context is not None and type(error).__name__ == "NoArgsIsHelpError":
         error.show()
-        return USAGE_STATUS
+        return UsageError.exit_status
     what = error.format_message().strip().rstrip(".")
     help_line = f"`{context.command_path if context is not None else PROGRAM} --help` explains"
     if context is not None:
         typer.echo(context.get_usage(), err=True)
     typer.echo(f"qcow2bm: {printable(what[:1].lower() + what[1:])}; {help_line}", err=True)
-    return USAGE_STATUS
+    return UsageError.exit_status
 
 
 def _program(

@@ -34,7 +34,7 @@ def opened_as_qemu(inspection: Inspection, name: str) -> list[Finding]:
 
 def _warn_of_detached(view: View) -> None:
     directory = view.directory
-    if directory.attached or directory.extension is None or directory.damage_code == "bitmaps-extension-length":
+    if directory.extension is None or not directory.is_ignored:
         return
     if view.header.version == 2:
         modified = (

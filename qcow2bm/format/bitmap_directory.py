@@ -105,7 +105,10 @@ class BitmapEntry:
         return body + (self.padding or bytes(-len(body) % 8))
 
     def faults(self, geometry: Geometry) -> Iterator[Fault]:
-        """Why QEMU would refuse this entry, and with it the image: as `check_dir_entry` and `load_bitmap_data` do."""
+        """Why QEMU would refuse this entry, and with it the image: as `check_dir_entry` and `load_bitmap_data` do.
+
+        And, as a minor one, padding that is not zero, which QEMU does not look at.
+        """
         if self.bitmap_table_offset == 0 or not geometry.may_start(
             self.bitmap_table_offset, 8 * self.bitmap_table_size
         ):

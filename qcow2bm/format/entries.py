@@ -1,7 +1,7 @@
 """What one entry of a table means: L1, L2, extended L2, compressed, refcount table, refcount block, bitmap table.
 
-This is the readable truth, one entry at a time. `vectors.py` says the same over whole tables with numpy, and a
-property test holds the two together.
+This is the readable truth, one entry at a time. With numpy `vectors.py` says over whole tables what they refer to, and
+`checks/wrong.py` what is wrong with them; property tests hold each to this.
 
 Source: qcow2 specification, "Cluster mapping", "Extended L2 Entries", "Host cluster management", "Bitmap table".
 """

@@ -89,6 +89,10 @@ class Geometry:
         """True if a table of `length` bytes may start at `offset`: aligned, and within what QEMU can address."""
         return self.is_aligned(offset) and offset + length <= MAX_FILE_SIZE
 
+    def outside_from(self, file_size: int) -> int:
+        """A range that ends here or later lies outside the file, whose last cluster may be cut short."""
+        return file_size + self.cluster_size
+
     # Cluster mapping
 
     @property

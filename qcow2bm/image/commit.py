@@ -263,7 +263,7 @@ class _Engine:
 
     def _drop_journal(self) -> None:
         journal = self._journal
-        if journal is not None and journal is not self._undo:  # `commit` ends the undo file, and with it that name
+        if journal is not None and journal is not self._undo:  # `carry_out` ends the undo file, and with it that name
             journal.discard()
         self._journal = None  # until then it may have to be told of
 

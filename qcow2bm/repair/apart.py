@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from ..checks.model import Finding, RepairClass
 from ..checks.plain import PLAIN_ENTRIES
+from ..checks.problems import SHARED
 from ..checks.view import Root
 from ..errors import NoSpaceError, UnsupportedImageError
 from ..format.entries import COPIED, OFFSET_MASK, ZERO, CompressedDescriptor, L2Entry, l1_offset, table_entries
 from .model import Proposal, Scope, Step
-from .workshop import SHARED, Workshop
+from .workshop import Workshop
 
 if TYPE_CHECKING:
     from ..format.vectors import ClusterFilter

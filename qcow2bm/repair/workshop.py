@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..checks.model import Finding, RepairClass, Report, Tally
+from ..checks.problems import SHARED
 from ..checks.runner import DEFAULT_LIMIT, Inspection, inspect, report_on
 from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
@@ -31,8 +32,6 @@ _L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
 _ODD = ("l1-entry-reserved", "l2-unaligned", "l2-outside", "l2-entry-reserved", "data-unaligned")
 _SPARE = 1 << 12
 """Clusters beside twice the disk's that a file may grow to: damage that asks for more is no reason to fill a disk."""
-SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
-"""The problems of clusters with more uses than one."""
 _MOST_FINDINGS = 1 << 18
 """Findings of a problem that one round of steps mends; there may be more rounds."""
 _SHOWN = 32

@@ -1,4 +1,4 @@
-"""Every command under fire, on every shape of image: `python -m tests.crash`.
+"""Every command under fire, on the shapes of image in turn or on all: `python -m tests.crash`.
 
 Prints what it finds as it goes, writes the figures of each kind of fire into docs/reliability.md when it was tried with
 all commands and shapes, and ends with 1 if any image is bad afterwards.

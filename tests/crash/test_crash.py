@@ -1,4 +1,4 @@
-"""Power cuts in the middle of every command: a sample that is always the same; `make crash` tries all of them."""
+"""Power cuts in the middle of every command: a sample that is always the same; `make crash` tries many more."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Calls that fail in the middle of every command: a clear error, and the old image or the new one.
 
-An ordinary run tries some calls of each command with one of the faults; `make crash` tries every call with every one.
+An ordinary run tries some calls of each command with one of the faults; `make crash` nearly every call with every one.
 """
 
 from __future__ import annotations

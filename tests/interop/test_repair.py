@@ -46,10 +46,6 @@ def repaired(image: Path, **policy: object) -> qcow2bm.RepairPlan:
 # ---- guest data ----
 
 
-def l2_place(image: Path, guest: int) -> int:
-    return Raw.load(image).l2_entry(guest // CLUSTER)
-
-
 def test_clusters_copied_apart_are_apart_for_the_guest(tmp_path: Path) -> None:
     """The same bytes at both places as before, and a write to one no longer shows at the other."""
     image = create(tmp_path / "vm.qcow2")
@@ -96,9 +92,6 @@ def test_a_lost_refcount_table_is_rebuilt_where_nothing_is(tmp_path: Path) -> No
 
 
 # ---- bitmaps ----
-
-
-OF_NO_BITMAP = ("count", "directory-size", "directory-offset", "extension-length")
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ from ..view import View
 if TYPE_CHECKING:
     from ..wrong import Mask
 
-_READ_ANYWAY = "bitmaps-extension-length"
-"""The one fault that QEMU looks for although the bitmaps are detached."""
 _SMALL = 64
 """Entries of a table that are looked at more quickly one by one than as an array."""
 _OUTSIDE = "bitmap-data-outside"
@@ -34,10 +32,9 @@ def directory(view: View) -> Iterator[Finding]:
     if found_in.damage is not None:
         extension = found_in.extension
         place = Location("extensions", extension.offset if extension is not None else None)
-        silent = not found_in.attached and found_in.damage_code != _READ_ANYWAY
         assert found_in.damage_code is not None
         fault = Fault(found_in.damage_code, found_in.damage)
-        yield from_fault(fault, place, qemu=InQemu.SILENT if silent else None)
+        yield from_fault(fault, place, qemu=InQemu.SILENT if found_in.is_ignored else None)
     names: set[bytes] = set()
     room = view.file.present + view.geometry.max_bitmap_table_entries
     for index, bitmap in enumerate(found_in.bitmaps):
