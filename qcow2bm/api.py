@@ -374,6 +374,7 @@ def undo(
         ImageIOError: a read or write failed. What was begun is finished by doing it again, or by the next command.
         FlushError: what reached the disk is unknown.
     """
+    from .checks.undoing import require_harmless
     from .image.undo import UndoFile  # its structures take time to declare
 
     file = ImageFile.open(path, writable=True)
@@ -387,7 +388,7 @@ def undo(
             if settled is not None and settled.rolled_back and is_journal:
                 return  # a crash had cut the change short, and what settles that is the undo file by its other name
             with UndoFile(Path(undo_file)) as old:
-                old.restore(file, force=force)
+                old.restore(file, force=force, judge=require_harmless)
     finally:
         file.close()
 

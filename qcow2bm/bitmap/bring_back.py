@@ -24,6 +24,7 @@ _SINCE = {
     Since.TOUCHED: "the image has been written to since, and it lacks those writes",
     Since.CHANGED: "the image has been changed since, and it lacks what was written",
     Since.UNKNOWN: "nothing tells whether the image has been written to since",
+    Since.RESTARTED: "the machine was started again since, and a crash may have lost the time stamp of other writes",
 }
 
 
@@ -101,7 +102,8 @@ class Quarantine:
         self._require_done(edit.image.file)
         bits = bitmap.bits
         # One that did not record was never meant to see what was written since.
-        doubt = bitmap.doubt or (self._lacks(edit.image.file) if bitmap.recording else None)
+        doubt = bitmap.doubt or self._foreign(edit.image.file)
+        doubt = doubt or (self._lacks(edit.image.file) if bitmap.recording else None)
         if doubt is not None and not stale:
             raise BitmapInconsistentError(
                 f"bitmap '{bitmap.name}' may be stale: {doubt}",
@@ -124,6 +126,10 @@ class Quarantine:
             raise UndoError(f"{path} has been used: the image is as it was, and so are its bitmaps")
         if state is State.IN_PROGRESS and not standing(self.undo, image).finished:
             raise UndoError(f"the change that {path} belongs to is not in the image, and so its bitmaps still are")
+
+    def _foreign(self, image: ImageFile) -> str | None:
+        """Why a bitmap may be about another disk."""
+        return "the undo file was made for another file than this one" if self.undo.is_of_another(image) else None
 
     def _lacks(self, image: ImageFile) -> str | None:
         """Why a bitmap that records may lack writes; the image is looked at once for all of them."""

@@ -30,6 +30,8 @@ from .store import StoredBitmap
 HEADER, ENTRY, TABLE, DATA = "image header", "bitmap directory entry", "bitmap table", "bitmap data"
 """Labels of what is kept. An entry's goes on with why the bitmap was quarantined."""
 _DOUBTFUL = "doubtful "
+_MAX_ENTRY = 1 << 16
+"""Bytes of a directory entry that are read: with more it holds what nobody knows."""
 _MAX_WHY = 500
 """Characters of a reason that are kept."""
 
@@ -190,7 +192,8 @@ def _judged_by(uses: Counter[int], bitmap: Quarantined) -> Quarantined:
 def _header(kept: KeptBytes) -> Header | None:
     """The image's header then."""
     for wanted in kept.ranges:
-        data = kept.read(wanted.offset, wanted.length) if wanted.label == HEADER else None
+        length = min(wanted.length, 1 << MAX_CLUSTER_BITS)
+        data = kept.read(wanted.offset, length) if wanted.label == HEADER else None
         if data is not None:
             try:
                 header = Header.parse(data)
@@ -203,7 +206,7 @@ def _header(kept: KeptBytes) -> Header | None:
 def _read(kept: KeptBytes, header: Header | None, wanted: Kept, bare: Quarantined) -> Quarantined:
     """One bitmap, judged."""
     try:
-        entry = parse_entry(kept.read(wanted.offset, wanted.length) or b"")
+        entry = parse_entry(kept.read(wanted.offset, min(wanted.length, _MAX_ENTRY)) or b"")
     except CorruptImageError as error:
         return replace(bare, fault=f"its directory entry: {error.message}")
     known = replace(

@@ -15,7 +15,7 @@ from ..image.file import UNDO_SUFFIX, ImageFile
 from ..image.overlay import OverlayFile
 from ..image.undo_layout import State
 from ..image.undo_reader import UndoReader
-from ..image.undo_standing import Since, pieces, since
+from ..image.undo_standing import Since, since, to_put_back
 
 _STATES = 4
 """Changes that are followed backwards."""
@@ -34,7 +34,7 @@ def earlier_states(file: ImageFile) -> Iterator[OverlayFile]:
         try:
             with UndoReader(path) as undo:
                 if undo.state is State.COMPLETE and undo.records and since(undo, file) is not Since.CHANGED:
-                    yield _as_before(undo, file)
+                    yield as_before(undo, file)
         except UndoError:
             continue  # a damaged one tells nothing
 
@@ -59,11 +59,15 @@ def _beside(image: Path) -> list[Path]:
     return [real.with_name(name) for name in names[:_FILES]]
 
 
-def _as_before(undo: UndoReader, file: ImageFile) -> OverlayFile:
-    """The image with the bytes back that the change has replaced; raises UndoError if the undo file is damaged."""
+def as_before(undo: UndoReader, file: ImageFile) -> OverlayFile:
+    """The image with the bytes back that the change has replaced, and as long as it was.
+
+    Raises:
+        UndoError: the undo file is damaged.
+    """
     overlay = OverlayFile(file)
     for record in reversed(undo.records):
-        for start, stop in pieces(record.offset, record.end):
+        for start, stop in to_put_back(record, overlay, record.end):
             overlay.write_at(start, undo.old(record, start, stop))
     overlay.size = undo.size_before
     return overlay

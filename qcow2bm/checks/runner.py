@@ -41,15 +41,16 @@ OPENING: Passes = (
 )
 """What QEMU looks at when it opens an image, and may refuse it for."""
 
-CHECKING: Passes = (
+COUNTING: Passes = (
     snapshots.snapshot_table,
     mapping.mapping,
     mapping.structures,
     bitmaps.clusters,
     refcounts.refcount_blocks,
-    refcounts.refcounts,
-    copied.copied,
 )
+"""Those that count what refers to each cluster."""
+
+CHECKING: Passes = (*COUNTING, refcounts.refcounts, copied.copied)
 """What `qemu-img check` looks at, in the order of `qcow2_co_check_locked`: so the findings come in its order."""
 
 BEYOND: Passes = (

@@ -7,6 +7,8 @@ by the dirty bit that he counts nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from ..errors import Qcow2bmError
 from ..format.entries import get_refcount, refcount_block_offset
 from ..format.faults import Weight
@@ -36,18 +38,40 @@ class DiskRefcounts:
     def get(self, cluster: int) -> int:
         """A refcount; 0 where that cannot be told."""
         header = self._header
-        if header is None:
-            return 0
-        index, within = divmod(cluster, header.geometry.refcounts_per_block)
-        if index >= header.refcount_table_clusters * self.cluster_size // 8:
-            return 0
-        entry = self._image.read_padded(header.refcount_table_offset + 8 * index, 8)
-        block = refcount_block_offset(int.from_bytes(entry, "big"))
-        if not block or not header.geometry.is_aligned(block):
+        index, within = divmod(cluster, header.geometry.refcounts_per_block) if header else (0, 0)
+        block = self._block(index)
+        if header is None or not block:
             return 0
         first = within << header.refcount_order >> 3  # the byte in which it begins
         data = self._image.read_padded(block + first, max(1, 1 << header.refcount_order >> 3))
         return get_refcount(data, within - (first << 3 >> header.refcount_order), header.refcount_order)
+
+    def counted(self, start: int, stop: int) -> Iterator[int]:
+        """The clusters from `start` up to `stop` that have a refcount, in order. The range may be of any length."""
+        header = self._header
+        if header is None:
+            return
+        per_block, order = header.geometry.refcounts_per_block, header.refcount_order
+        table = header.refcount_table_clusters * self.cluster_size // 8
+        seen = {0}  # no block, and blocks that a damaged table may name any number of times
+        for index in range(start // per_block, min(-(-stop // per_block), table)):
+            block, first = self._block(index), index * per_block
+            if block in seen or self._image.is_hole(block, self.cluster_size):
+                continue
+            seen.add(block)
+            data = self._image.read_padded(block, self.cluster_size)
+            for cluster in range(max(start, first), min(stop, first + per_block)):
+                if get_refcount(data, cluster - first, order):
+                    yield cluster
+
+    def _block(self, index: int) -> int:
+        """Offset of a refcount block; 0 if there is none, or none that can be."""
+        header = self._header
+        if header is None or index >= header.refcount_table_clusters * self.cluster_size // 8:
+            return 0
+        entry = self._image.read_padded(header.refcount_table_offset + 8 * index, 8)
+        block = refcount_block_offset(int.from_bytes(entry, "big"))
+        return block if header.geometry.is_aligned(block) else 0
 
 
 def _header(image: ImageFile) -> Header | None:

@@ -163,6 +163,18 @@ class ImageFile:
         except OSError as error:
             return self.size if error.errno == errno.ENXIO else offset
 
+    def stretches(self, start: int, end: int, most: int) -> Iterator[tuple[int, int, bytes | None]]:
+        """Offset, length and bytes of the pieces of a range, of `most` bytes or fewer.
+
+        A hole is one piece without bytes, however large, and so is what lies behind the end of the file.
+        """
+        while start < end:
+            data = self.next_data(start) if start < self.size else end
+            hole_end = end if data >= self.size else min(data, end)
+            length = hole_end - start or min(most, end - start, self.size - start)
+            yield start, length, None if hole_end > start else self.read_at(start, length)
+            start += length
+
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset`; durable only after the next `barrier`."""
         for end in _written(self.fd, data, offset):

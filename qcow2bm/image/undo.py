@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -32,7 +32,7 @@ from .mark import is_marked
 from .roll_back import put_back
 from .undo_layout import State
 from .undo_reader import Record, UndoReader
-from .undo_standing import Since, Standing, fills, is_own_work, pieces, sets_mark, since, standing
+from .undo_standing import Since, Standing, fills, is_own_work, sets_mark, since, standing, to_put_back
 from .undo_writer import drop, second_copy, second_name, sync_folder, write_summary
 
 _CHANGED = "the image has changed since the undo file was written"
@@ -62,12 +62,15 @@ class UndoFile(UndoReader):
         """
         super().__init__(path, writable=True)
 
-    def restore(self, image: ImageFile, *, force: bool = False) -> None:
+    def restore(
+        self, image: ImageFile, *, force: bool = False, judge: Callable[[UndoReader, ImageFile], None] | None = None
+    ) -> None:
         """Put the old bytes and the old length back; what was interrupted half-way is rolled back the same way.
 
         Args:
             force: do it although the time stamp of the image or of its data file says that it was touched. Changed
                 content of the image is refused all the same.
+            judge: raises UndoError where undoing by force would harm what is in the image now, if nothing else tells.
 
         Raises:
             UndoError: the file is damaged, has been used already, or the image or its data file has changed since.
@@ -77,6 +80,8 @@ class UndoFile(UndoReader):
         found = require_restorable(self, image, force=force)
         # Else a guest may have written in place, and an older undo file would go by the stamp and believe it was not.
         stamp = since(self, image, found) is Since.NOTHING
+        if judge is not None and not stamp and not is_marked(image):
+            judge(self, image)
         try:
             with self._journaled(image):
                 self._put_back(image, stamp=stamp)
@@ -91,7 +96,11 @@ class UndoFile(UndoReader):
 
     @contextlib.contextmanager
     def _journaled(self, image: ImageFile) -> Iterator[None]:
-        """In progress, and where a crash could tear the image on the way, its journal until all is put back."""
+        """In progress, and where a crash could tear the image on the way, its journal until all is put back.
+
+        Raises:
+            ImageIOError: the journal cannot be made, and nothing was begun.
+        """
         if not self._summary.journaled or image.is_device:
             self._set_state(State.IN_PROGRESS)
             yield
@@ -104,9 +113,11 @@ class UndoFile(UndoReader):
         if not named:
             try:
                 second_copy(self._fd, journal, os.fstat(image.fd))
-            except OSError:
+            except OSError as error:
                 self._set_state(before)
-                raise
+                cause = from_os_error(error).message
+                text = f"cannot write the journal {journal} ({cause}), so nothing is put back"
+                raise ImageIOError(text) from error
         yield
         drop(journal)
 
@@ -142,7 +153,7 @@ class UndoFile(UndoReader):
                 os.utime(image.fd, ns=(os.fstat(image.fd).st_atime_ns, self.mtime_before_ns))
 
     def _put_back_one(self, image: ImageFile, record: Record) -> None:
-        for start, stop in pieces(record.offset, min(record.end, self.size_before)):
+        for start, stop in to_put_back(record, image, min(record.end, self.size_before)):
             put_back(image, start, partial(self.old, record, start, stop))
 
     def _set_state(self, state: State) -> None:
@@ -209,6 +220,13 @@ def _require_undisturbed(undo: UndoReader, image: ImageFile, found: Standing, *,
     happened = since(undo, image, found)
     if happened is Since.CHANGED:
         raise UndoError(_CHANGED, hint="nothing was put back")
+    if happened is Since.RESTARTED and not force:
+        raise UndoError(
+            "the machine was started again since the undo file was made, and a crash may have lost the time stamp of"
+            " what a guest has written",
+            hint="guest data may be newer; use --force if you know that nothing has used the image, or that it was"
+            " shut down in order",
+        )
     if happened is Since.UNKNOWN and not force:
         raise UndoError(
             "nothing tells whether the image was used since the undo file was made: no time stamp shows what is written"

@@ -54,9 +54,11 @@ class NotedDataFile:
             return None
         try:
             said = json.loads(label.removeprefix(_LABEL))
-            return cls(str(said["path"]), *(int(said[key]) for key in ("size_before", "size_after", "mtime_ns")))
-        except (ValueError, TypeError, KeyError):
+            path = str(said["path"])
+            before, after, mtime = (int(said[key]) for key in ("size_before", "size_after", "mtime_ns"))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return None
+        return cls(path, before, after, mtime) if min(before, after) >= 0 else None
 
     def has_changed(self) -> bool | None:
         """True if it was written to since; None if nobody knows, since it is not there, or is a device."""

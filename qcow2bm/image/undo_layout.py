@@ -8,14 +8,19 @@ The first range may be one without bytes, whose label notes how the external dat
 the clusters that the change gives up and its undoing takes back, of which there is only a checksum.
 
 Version 1 ends after the records, and says neither when it was made nor whether a crash could tear the change. Version 2
-knows nothing of clusters that were given up, and of the header only the first sector. Both are read as ever.
+knows nothing of clusters that were given up, and of the header only the first sector. Version 3 does not say when the
+machine was started. All are read as ever.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import reduce
+from operator import xor
+from pathlib import Path
 from typing import NamedTuple, Self
 
 from construct import Int32ul, Int64sl, Int64ul, Struct
@@ -36,7 +41,9 @@ class State(IntEnum):
 
 PIECE = 1 << 20
 """Bytes of a kept piece, and of one that was given up, at most. Part of the format: who reads refuses longer ones."""
-VERSION = 3
+VERSION = 4
+MAX_STAGES = 64
+"""No plan has nearly as many. Who reads refuses more: each is flushed when it is put back."""
 _MAGIC = {number: b"QCOW2BM undo %d\n\0" % number for number in range(1, VERSION + 1)}
 _FIELDS_1 = {
     "state": Int32ul,
@@ -49,7 +56,16 @@ _FIELDS_1 = {
 }
 _FIELDS_2 = {"kept": Int64ul, "kept_at": Int64ul, "made_ns": Int64sl, "journaled": Int64ul}
 _FIELDS_3 = {"given_up": Int64ul, "given_up_at": Int64ul, "inode": Int64ul}
-_FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | _FIELDS_2, 3: _FIELDS_1 | _FIELDS_2 | _FIELDS_3}
+_FIELDS_4 = {"boot": Int64ul}
+_FIELDS = {
+    1: _FIELDS_1,
+    2: _FIELDS_1 | _FIELDS_2,
+    3: _FIELDS_1 | _FIELDS_2 | _FIELDS_3,
+    4: _FIELDS_1 | _FIELDS_2 | _FIELDS_3 | _FIELDS_4,
+}
+_MAX_SIZE = (1 << 63) - 1
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _RECORD = struct.Struct("<6Q2I")
 _KEPT = struct.Struct("<3Q2I")
@@ -145,6 +161,34 @@ def seen(image: ImageFile, version: int = VERSION) -> dict[str, int]:
     return {"head_crc": crc(image.read_padded(0, _head_length(image, version))), "size_after": image.size}
 
 
+def zeroes_crc(length: int, value: int = 0) -> int:
+    """CRC-32C of zeroes, going on from `value`: in as many steps as the length has bits, for a hole may be of any.
+
+    What more zeroes make of a checksum is an affine map of its 32 bits; twice as many are that map, twice.
+    """
+    count, rest = divmod(length, PIECE)
+    step = [crc(bytes(PIECE), start) for start in (0, *(1 << bit for bit in range(32)))] if count else []
+    while count:
+        if count & 1:
+            value = _mapped(step, value)
+        step = [_mapped(step, start) for start in step] if count > 1 else step
+        count >>= 1
+    return crc(bytes(rest), value)
+
+
+def _mapped(step: Sequence[int], value: int) -> int:
+    """An affine map, given by what it makes of zero and of each single bit."""
+    return reduce(xor, (step[1 + bit] ^ step[0] for bit in range(32) if value >> bit & 1), step[0])
+
+
+def this_boot() -> int:
+    """Which start of the machine this is: a number that no other start has. 0 where that is not told."""
+    try:
+        return int(_BOOT_ID.read_text(encoding="ascii").replace("-", "")[:16], 16)
+    except (OSError, ValueError):
+        return 0
+
+
 def _head_length(image: ImageFile, version: int) -> int:
     """Header, extensions and backing name have the first cluster, which QEMU writes anew without what is dead."""
     bits = int.from_bytes(image.read_padded(0, SECTOR)[CLUSTER_BITS_FIELD:][:4], "big")
@@ -173,6 +217,7 @@ class Summary:
         made_ns: when the file was made; 0 if that is not known.
         given_up: how many pieces of clusters that were given up there are, `given_up_at` being where they start.
         inode: number of the image's inode, 0 if that is not known.
+        boot: which start of the machine the time stamp is of, 0 if that is not known.
         journaled: 1 if a crash could tear the change, and so its undoing, 0 if not.
     """
 
@@ -190,6 +235,7 @@ class Summary:
     given_up: int = 0
     given_up_at: int = 0
     inode: int = 0
+    boot: int = 0
     version: int = VERSION
 
     def build(self) -> bytes:
@@ -200,7 +246,7 @@ class Summary:
 
     @classmethod
     def parse(cls, sector: bytes) -> Summary | None:
-        """The header in the first sector of an undo file; None if its checksum is wrong.
+        """The header in the first sector of an undo file; None if its checksum is wrong, or a size is none of an image.
 
         Raises:
             ValueError: it is none.
@@ -215,4 +261,6 @@ class Summary:
             return None
         found = dict(layout.parse(sector[start:end]))
         del found["_io"]
+        if not SECTOR <= found["size_before"] <= _MAX_SIZE or found["size_after"] > _MAX_SIZE:
+            return None
         return cls(**found | {"state": State(found["state"]), "version": version})

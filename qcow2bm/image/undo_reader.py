@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from .undo_data_file import NotedDataFile
 from .undo_layout import (
     CRC_SIZE,
     KEPT_SIZE,
+    MAX_STAGES,
     PIECE,
     RECORD_SIZE,
     KeptHead,
@@ -29,7 +30,13 @@ from .undo_layout import (
     Summary,
     crc,
     seen,
+    this_boot,
 )
+
+_MAX_LABEL = 1 << 16
+"""Bytes of a label that are read."""
+_SPARSE = 1 << 30
+"""Bytes from which on a file must not be a hole."""
 
 Head = TypeVar("Head", RecordHead, KeptHead)
 
@@ -130,6 +137,10 @@ class UndoReader:
             return self._summary.inode == status.st_ino
         return self.mtime_before_ns == status.st_mtime_ns
 
+    def is_of_another(self, image: ImageFile) -> bool:
+        """True if it was certainly made for another file."""
+        return self._summary.inode not in (0, os.fstat(image.fd).st_ino)
+
     @property
     def mtime_before_ns(self) -> int:
         """Time stamp of the image before the change."""
@@ -162,21 +173,40 @@ class UndoReader:
 
     # Records
 
+    @property
+    def is_of_this_boot(self) -> bool:
+        """False if the machine was started again since the change was done, or the file is of another machine.
+
+        A crash may have lost a time stamp that a guest's write had left, though what was written is there.
+        """
+        return self._summary.boot in (0, this_boot())
+
     @cached_property
     def records(self) -> tuple[Record, ...]:
         """All records in the order of the plan, each read once to see that it is whole.
 
         Raises:
-            UndoError: one is damaged.
+            UndoError: one is damaged, or together they are none that a change leaves.
         """
-        return tuple(self._read_records())
+        records = tuple(self._read_records())
+        if len({record.stage for record in records}) > MAX_STAGES:
+            raise UndoError(f"{self.path} is damaged: it has more stages than any change")
+        self._require_apart((record.offset, record.filled) for record in records if record.filled)
+        return records
+
+    def _require_apart(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """No byte is filled, or given up, twice: each is looked at, however often it is named."""
+        reached = 0
+        for offset, length in sorted(ranges):
+            if offset < reached:
+                raise UndoError(f"{self.path} is damaged: it names the bytes at {offset:#x} twice")
+            reached = offset + length
 
     def _read_records(self) -> Iterator[Record]:
         reach = max(self.size_before, self.size_after)
         parts = self._parts(RecordHead.parse, RECORD_SIZE, SECTOR, self._summary.records)
         for number, (head, at) in enumerate(parts):
-            whole = head is not None and {head.old_stored, head.new_stored} <= {0, head.length}
-            if head is None or not whole or head.offset + max(head.length, head.filled) > reach:
+            if head is None or not _is_whole(head) or head.offset + max(head.length, head.filled) > reach:
                 raise UndoError(f"{self.path} is damaged in record {number}")
             yield Record(
                 head.stage,
@@ -217,18 +247,19 @@ class UndoReader:
         parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.kept_at, self._summary.kept)
         for number, (head, at) in enumerate(parts):
             kinds = {KeptPart.RANGE, KeptPart.PIECE}
-            if head is not None and head.stored not in (0, head.length):
+            if head is not None and head.stored and (head.stored != head.length or head.length > PIECE):
                 kinds = {KeptPart.RANGE}
             if head is None or head.kind not in kinds or head.offset + head.length > self.size_before:
                 raise UndoError(f"{self.path} is damaged in kept part {number}")
             if head.kind == KeptPart.PIECE:
                 pieces.append((head.offset, head.length, at if head.stored else None))
             else:
-                label = read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape")
+                label = self._label(head, at)
                 ranges.append(Kept(label, head.offset, head.length))
         return KeptBytes(self, tuple(ranges), sorted(pieces))
 
-    def given_up(self) -> Iterator[tuple[int, int, int | None]]:
+    @cached_property
+    def given_up(self) -> tuple[tuple[int, int, int | None], ...]:
         """Offset, length and CRC-32C of what the change gave up, which the image relies on again when it is undone.
 
         There is no checksum of what is all zeroes, which may be of any length.
@@ -236,6 +267,11 @@ class UndoReader:
         Raises:
             UndoError: the file is damaged.
         """
+        pieces = tuple(self._read_given_up())
+        self._require_apart((offset, length) for offset, length, _ in pieces)
+        return pieces
+
+    def _read_given_up(self) -> Iterator[tuple[int, int, int | None]]:
         parts = self._parts(KeptHead.parse, KEPT_SIZE, self._summary.given_up_at, self._summary.given_up)
         for number, (head, at) in enumerate(parts):
             sound = head is not None and head.kind == KeptPart.GIVEN_UP and head.stored in (0, CRC_SIZE)
@@ -256,8 +292,11 @@ class UndoReader:
             if head is None:
                 raise UndoError(f"{self.path} is damaged in kept part 0")
             if head.kind == KeptPart.RANGE and not head.length:
-                return NotedDataFile.parse(read_fd(self._fd, head.stored, at).decode("utf-8", "surrogateescape"))
+                return NotedDataFile.parse(self._label(head, at))
         return None
+
+    def _label(self, head: KeptHead, at: int) -> str:
+        return read_fd(self._fd, min(head.stored, _MAX_LABEL), at).decode("utf-8", "surrogateescape")
 
     def kept_piece(self, place: int | None, length: int) -> bytes:
         """Bytes of a kept piece, for `KeptBytes`."""
@@ -269,7 +308,7 @@ class UndoReader:
         self, parse: Callable[[bytes], Head | None], size: int, at: int, count: int
     ) -> Iterator[tuple[Head | None, int]]:
         """The heads of `count` parts from `at` on, each with where its body is; None for one that is damaged."""
-        end = os.lseek(self._fd, 0, os.SEEK_END)
+        end = self._length()
         for _ in range(count):
             head = parse(read_fd(self._fd, size, at) if at < end else b"")
             at += size
@@ -279,11 +318,25 @@ class UndoReader:
             yield head, at
             at += head.body
 
+    def _length(self) -> int:
+        """Bytes of the file, which was written in full: one that is next to nothing but a hole takes long to read."""
+        status = os.fstat(self._fd)
+        if status.st_size > _SPARSE and status.st_blocks * 512 < status.st_size >> 10:
+            raise UndoError(f"{self.path} is damaged: next to nothing of its {status.st_size} bytes is there")
+        return status.st_size
+
     def _crc(self, at: int, length: int) -> int:
         value = 0
         for start in range(at, at + length, PIECE):
             value = crc(read_fd(self._fd, min(PIECE, at + length - start), start), value)
         return value
+
+
+def _is_whole(head: RecordHead) -> bool:
+    """A rewrite has its new bytes, a free cluster that was filled none; both the old ones, but where all were zero."""
+    lengths = (head.new_stored, head.filled)
+    fits = lengths == (0, max(head.length, head.filled)) or lengths == (head.length, 0)
+    return fits and head.old_stored in (0, head.length)
 
 
 @dataclass(frozen=True, slots=True)

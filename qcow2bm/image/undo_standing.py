@@ -8,6 +8,7 @@ the disk.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,15 @@ from ..format.header import Incompatible
 from .disk_refcounts import DiskRefcounts
 from .file import ImageFile
 from .mark import FEATURES, features_of, has_mark
-from .undo_layout import PIECE, crc
+from .undo_layout import PIECE, crc, zeroes_crc
 from .undo_reader import Record, UndoReader
 
 _WINDOW = 64 << 10
 """Bytes of the image that are compared at a time."""
+
+
+_LOOKED_AT = 1 << 16
+"""Clusters behind the old end that somebody else counts, and that are looked at; more of them are his, whatever."""
 
 
 class Since(Enum):
@@ -34,6 +39,8 @@ class Since(Enum):
     """What the change wrote is no longer there."""
     UNKNOWN = "unknown"
     """What the change wrote is still there; no time stamp tells of other writes, as of a device or to a data file."""
+    RESTARTED = "restarted"
+    """What the change wrote is still there, and so is its time stamp; but a crash may have lost a later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,9 @@ def since(undo: UndoReader, image: ImageFile, found: Standing | None = None) -> 
         return Since.UNKNOWN
     if int.from_bytes(features_of(image), "big") & Incompatible.EXTERNAL_DATA_FILE and undo.data_file is None:
         return Since.UNKNOWN  # the guest writes to another file
-    return Since.NOTHING if os.fstat(image.fd).st_mtime_ns == undo.mtime_ns else Since.TOUCHED
+    if os.fstat(image.fd).st_mtime_ns != undo.mtime_ns:
+        return Since.TOUCHED
+    return Since.NOTHING if undo.is_of_this_boot else Since.RESTARTED
 
 
 def sets_mark(undo: UndoReader) -> bool:
@@ -133,18 +142,24 @@ def _is_taken(undo: UndoReader, image: ImageFile, reached: int) -> bool:
     counts = DiskRefcounts(image)
     if counts.is_dirty and not any(record.offset <= FEATURES.start < record.end for record in undo.records):
         return True  # whoever writes so counts nothing before he closes the image
-    end = undo.size_before + counts.cluster_size - 1
-    inside, behind = set[int](), set(counts.clusters(end, image.size))
+    ours: list[range] = []
+    new = counts.clusters(undo.size_before + counts.cluster_size - 1, image.size)
     for record in undo.records:
         clusters = counts.clusters(record.offset, record.offset + record.filled)
         if record.filled and (record.stage <= reached or _is_as_filled(image, record)):
-            behind.difference_update(clusters)
-        elif record.offset < undo.size_before:
-            inside.update(clusters if record.filled else ())
-    size = counts.cluster_size
-    return any(map(counts.get, inside - behind)) or any(
-        counts.get(cluster) and any(image.read_padded(cluster * size, size)) for cluster in behind
-    )
+            ours.append(clusters)
+        elif record.filled and any(counts.counted(clusters.start, min(clusters.stop, new.start))):
+            return True
+    ours.sort(key=lambda clusters: clusters.start)
+    size, seen = counts.cluster_size, 0
+    for cluster in counts.counted(new.start, new.stop):
+        place = bisect_right(ours, cluster, key=lambda clusters: clusters.start) - 1
+        if place >= 0 and cluster in ours[place]:
+            continue
+        seen += 1
+        if seen > _LOOKED_AT or any(image.read_padded(cluster * size, size)):
+            return True
+    return False
 
 
 def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
@@ -152,30 +167,44 @@ def _has_what_was_given_up(undo: UndoReader, image: ImageFile) -> bool:
     return all(
         offset + length <= image.size
         and (_is_zero(image, offset, length) if expected is None else crc(image.read_at(offset, length)) == expected)
-        for offset, length, expected in undo.given_up()
+        for offset, length, expected in undo.given_up
     )
 
 
 def _is_zero(image: ImageFile, offset: int, length: int) -> bool:
-    if image.is_hole(offset, length):
-        return True
-    return not any(any(image.read_at(start, stop - start)) for start, stop in pieces(offset, offset + length))
+    return all(data is None or not any(data) for _, _, data in image.stretches(offset, offset + length, PIECE))
 
 
 def _is_as_filled(image: ImageFile, record: Record) -> bool:
     value = 0
-    for start, stop in pieces(record.offset, record.offset + record.filled):
-        value = crc(image.read_padded(start, stop - start), value)
+    for _, length, data in image.stretches(record.offset, record.offset + record.filled, PIECE):
+        value = zeroes_crc(length, value) if data is None else crc(data, value)
     return value == record.filled_crc
 
 
 def _is_as_before(undo: UndoReader, image: ImageFile, record: Record) -> bool:
     """What the file did not reach is zeroes, and so is what it has lost again."""
-    end = record.offset + record.filled
-    old = (undo.old(record, start, stop) for start, stop in pieces(record.offset, record.end))
-    now = (image.read_padded(start, stop - start) for start, stop in pieces(record.offset, record.end))
-    beyond = (image.read_padded(start, stop - start) for start, stop in pieces(record.end, end))
-    return all(map(bytes.__eq__, old, now)) and not any(map(any, beyond))
+    if not _is_zero(image, record.end, record.filled - record.length):
+        return False
+    if record.old_at is None:
+        return _is_zero(image, record.offset, record.length)
+    return all(
+        undo.old(record, start, stop) == image.read_padded(start, stop - start)
+        for start, stop in pieces(record.offset, record.end)
+    )
+
+
+def to_put_back(record: Record, image: ImageFile, end: int) -> Iterator[tuple[int, int]]:
+    """The places (start, stop) of a record up to `end` that may not hold what they held, each small enough for memory.
+
+    Where there were zeroes, which may be of any length, a hole is as it was.
+    """
+    if record.old_at is not None:
+        yield from pieces(record.offset, end)
+        return
+    for start, length, data in image.stretches(record.offset, end, PIECE):
+        if data is not None:
+            yield start, start + length
 
 
 def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import UndoError
 from .file import ImageFile, close_fd, flush_error, read_fd, write_fd
 from .plan import SECTOR, Kept, Stage, Write
-from .undo_layout import CRC_SIZE, PIECE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen
+from .undo_layout import CRC_SIZE, PIECE, KeptHead, KeptPart, RecordHead, State, Summary, crc, seen, this_boot
 
 _CLOSED = -1
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -123,7 +123,8 @@ class UndoWriter:
         """
         mtime = os.fstat(image.fd).st_mtime_ns
         _outlive(mtime)
-        write_summary(self._fd, replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, **seen(image)))
+        done = replace(self._summary, state=State.COMPLETE, mtime_ns=mtime, boot=this_boot(), **seen(image))
+        write_summary(self._fd, done)
         self.close()
         self._unlink_alias()
 
@@ -267,7 +268,7 @@ def _kept_parts(image: ImageFile, kept: Sequence[Kept]) -> Iterator[tuple[bytes,
 def _given_up_parts(image: ImageFile, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[bytes, bytes]]:
     """Head and checksum of each range as far as the file reaches, in pieces; of a hole there is no checksum."""
     for start, end in _joined((start, min(end, image.size)) for start, end in ranges):
-        for at, length, data in _stretches(image, start, end):
+        for at, length, data in image.stretches(start, end, PIECE):
             checksum = b"" if data is None else crc(data).to_bytes(CRC_SIZE, "little")
             yield _part(KeptPart.GIVEN_UP, at, length, checksum)
 
@@ -287,21 +288,8 @@ def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def _pieces(image: ImageFile, start: int, end: int) -> Iterator[tuple[bytes, bytes]]:
     """A range of the file in pieces; one without bytes is zeroes."""
-    for at, length, data in _stretches(image, start, end):
+    for at, length, data in image.stretches(start, end, PIECE):
         yield _part(KeptPart.PIECE, at, length, b"" if data is None or _is_zero(data) else data)
-
-
-def _stretches(image: ImageFile, start: int, end: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Offset, length and bytes of the pieces of a range. A hole is one piece, however large, and is not read."""
-    while start < end:
-        hole_end = min(image.next_data(start), end)
-        if hole_end > start:
-            yield start, hole_end - start, None
-            start = hole_end
-            continue
-        length = min(PIECE, end - start)
-        yield start, length, image.read_at(start, length)
-        start += length
 
 
 def _part(kind: KeptPart, offset: int, length: int, body: bytes) -> tuple[bytes, bytes]:

@@ -75,9 +75,14 @@ def _another(chance: random.Random, old: int, bits: int = 64, *, signed: bool = 
 
 
 def undo_file(data: bytes, chance: random.Random) -> bytes:
-    """A field of the header, or of the head of a record or of what is kept, or its body; sealed again."""
+    """A field of the header, or of the head of a record or of what is kept, or its body; sealed again.
+
+    Or all fields that say how much there is, so that none is out of proportion.
+    """
     summary = Summary.parse(data[:SECTOR])
     assert summary is not None
+    if chance.random() < 0.2:
+        return _immense(summary, chance)
     if chance.random() < 0.4:
         name = chance.choice([field.name for field in dataclasses.fields(summary) if field.name != "version"])
         old = int(getattr(summary, name))
@@ -100,6 +105,16 @@ def undo_file(data: bytes, chance: random.Random) -> bytes:
             return data[:at] + _other_part(head, data[at + size : end], chance) + data[end:]
         at = end
     return blindly(data, chance)
+
+
+def _immense(summary: Summary, chance: random.Random) -> bytes:
+    """A record without bytes that fills very much of an image said to be as large; or very many of the same."""
+    size, times = 1 << chance.randrange(30, 63), chance.choice((1, 1, 2, 5000))
+    offset = chance.choice((0, SECTOR, 1 << 20, summary.size_before // SECTOR * SECTOR))
+    head = RecordHead(0, offset, chance.choice((0, size)), 0, 0, size, 0, crc(b"")).build()
+    sizes = {"size_after": 2 * size} | ({"size_before": 2 * size} if chance.random() < 0.5 else {})
+    changed = dataclasses.replace(summary, records=times, kept=0, given_up=0, state=chance.choice(list(State)), **sizes)
+    return changed.build() + times * head
 
 
 def _other_part(head: RecordHead | KeptHead, body: bytes, chance: random.Random) -> bytes:

@@ -16,7 +16,7 @@ import pytest
 import qcow2bm
 from qcow2bm.__main__ import main
 from qcow2bm.errors import InterruptedChangeError, UndoError, UnsupportedImageError
-from qcow2bm.image import undo_writer
+from qcow2bm.image import undo_reader, undo_writer
 from qcow2bm.image.undo import State, UndoFile
 from tests.crash.disk import Folder
 from tests.crash.recorder import recorded
@@ -395,3 +395,98 @@ def test_force_does_not_undo_a_repair_whose_clusters_somebody_has_used_since(tmp
     before = image.read_bytes()
     assert main(["undo", str(image), str(undo), "--force"]) == 1
     assert image.read_bytes() == before
+
+
+# ---- by force ----
+
+
+@pytest.mark.parametrize("zeroes", [64, 128], ids="{}k".format)
+def test_clusters_that_a_guest_has_filled_with_zeroes_since_are_not_taken_from_it(tmp_path: Path, zeroes: int) -> None:
+    """They are those that the change meant to take, hold what they held, and are counted as it would count them."""
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", image, "16M")
+    qemu_io(image, "write -P 1 0 64k")
+    refused = 0
+    for state in [Folder.read(tmp_path), *cut_short(image, "add", "c", "--undo", str(undo))]:
+        state.write(tmp_path)
+        if not undo.exists():
+            continue
+        qemu_io(image, f"write -P 0 64k {zeroes}k")
+        verdict = check(image)["returncode"]
+        for force in ([], ["--force"]):
+            refused += main(["undo", str(image), str(undo), *force]) == 1
+            assert check(image)["returncode"] == verdict
+        qemu_io(image, "write -P 7 8M 256k")
+        qemu_io(image, f"read -P 0 64k {zeroes}k", "read -P 1 0 64k", "read -P 7 8M 256k")
+    assert refused >= 2
+
+
+@pytest.mark.parametrize("bitmap", [False, True], ids=["no bitmap", "a bitmap"])
+def test_the_room_that_a_guest_has_written_to_since_is_not_taken_from_it(
+    tmp_path: Path, bitmap: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", image, "4M")
+    qemu_io(image, "write -P 1 0 1M", "discard 0 1M", "write -P 1 0 64k")
+    if bitmap:
+        qemu_img("bitmap", "--add", "--disable", image, "a")
+    before = guest_digest(image)
+    assert main(["resize", str(image), "8M", "--undo", str(undo)]) == 0
+    saved = image.read_bytes(), undo.read_bytes()
+    qemu_io(image, "write -P 9 6M 128k")
+    digest = guest_digest(image)
+    for force in ([], ["--force"]):
+        assert main(["undo", str(image), str(undo), *force]) == 1
+        assert guest_digest(image) == digest
+    if not bitmap:
+        assert "the disk would end at 4194304 bytes again, and there is data at 0x600000" in capsys.readouterr().err
+    image.write_bytes(saved[0])
+    undo.write_bytes(saved[1])
+    os.utime(image)
+    assert main(["undo", str(image), str(undo), "--force"]) == 0, "nothing is there, so nothing is lost"
+    assert guest_digest(image) == before
+
+
+# ---- when the machine was started again ----
+
+
+@pytest.fixture
+def restart(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def start_again() -> None:
+        for module in (undo_reader, undo_writer):
+            monkeypatch.setattr(module, "this_boot", lambda: 12345)
+
+    return start_again
+
+
+def test_a_time_stamp_of_before_a_restart_does_not_say_that_no_guest_has_written(
+    tmp_path: Path, restart: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest overwrites what is allocated and flushes, and power fails: the data is there, the time stamp is lost."""
+    image, undo = three(tmp_path), tmp_path / "undo"
+    qemu_io(image, "write -P 1 0 64k")
+    before = bitmap_info(image)
+    assert main(["remove", str(image), "--match", "*", "--undo", str(undo)]) == 0
+    stamp = image.stat()
+    qemu_io(image, "write -P 119 0 4k")
+    os.utime(image, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    restart()
+    assert main(["undo", str(image), str(undo)]) == 1
+    assert "the machine was started again" in capsys.readouterr().err
+    assert bitmap_info(image) == []
+    assert main(["undo", str(image), str(undo), "--list"]) == 0
+    assert "the machine was started again" in capsys.readouterr().out
+    assert main(["undo", str(image), str(undo), "--force"]) == 0
+    assert bitmap_info(image) == before
+
+
+def test_an_older_undo_file_does_not_go_by_a_time_stamp_of_before_a_restart(
+    tmp_path: Path, restart: Callable[[], None]
+) -> None:
+    image, older, newer = three(tmp_path), tmp_path / "older", tmp_path / "newer"
+    names = [bitmap["name"] for bitmap in bitmap_info(image)]
+    assert main(["remove", str(image), names[0], "--undo", str(older)]) == 0
+    restart()
+    assert main(["remove", str(image), names[1], "--undo", str(newer)]) == 0
+    assert main(["undo", str(image), str(newer)]) == 0
+    assert main(["undo", str(image), str(older)]) == 1

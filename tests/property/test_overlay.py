@@ -5,6 +5,7 @@ The plan is a repair's: journaled from the first write to the last, with the hea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from qcow2bm.image.file import ImageFile
 from qcow2bm.image.image import Qcow2Image
 from qcow2bm.image.overlay import OverlayFile
 from qcow2bm.image.plan import Plan
+from qcow2bm.image.undo import UndoFile
 from qcow2bm.image.undo_layout import State
 from qcow2bm.image.undo_reader import UndoReader
 from tests.support.qemu import qemu_img, qemu_io
@@ -215,7 +217,9 @@ def settle(case: Case) -> bytes:
     except UndoError:
         if case.drawn.name != "version_2":
             raise
-        qcow2bm.undo(case.image, case.journal, force=True)
+        # Not by `qcow2bm.undo`: these images refer to what they call free, which that refuses to empty.
+        with contextlib.closing(ImageFile.open(case.image, writable=True)) as file, UndoFile(case.journal) as undo:
+            undo.restore(file, force=True)
     assert not case.journal.exists()
     return case.image.read_bytes()
 

@@ -43,7 +43,7 @@ from tests.support.scenes import (
 from tests.support.states import Bitmaps, bitmaps
 
 JOURNAL = "image.qcow2.qcow2bm-journal"
-USED_HEADER = 124  # magic, fields and checksum; the rest of the first sector is padding
+USED_HEADER = 132  # magic, fields and checksum; the rest of the first sector is padding
 RECORD = ("stage", "offset", "length", "old_stored", "new_stored", "filled", "filled_crc", "crc")
 RECORD_FORMAT = "<6Q2I"
 RECORD_SIZE = struct.calcsize(RECORD_FORMAT) + 4
@@ -337,7 +337,7 @@ def test_a_record_that_claims_more_than_there_is_costs_no_memory(
 
 def as_version_1(data: bytes) -> bytes:
     """An undo file as it was written before version 2: without what is kept, and without the time it was made."""
-    assert data[:16] == b"QCOW2BM undo 3\n\0"
+    assert data[:16] == b"QCOW2BM undo 4\n\0"
     fields = data[16:64]
     header = b"QCOW2BM undo 1\n\0" + fields + crc32c(fields).to_bytes(4, "little")
     return header.ljust(512, b"\0") + data[512:]
@@ -359,7 +359,7 @@ def test_a_file_of_version_1_is_read_and_used_as_ever(undone: tuple[Path, Path, 
 
 def test_a_file_of_a_later_version_is_refused(undone: tuple[Path, Path, bytes]) -> None:
     image, undo, _ = undone
-    undo.write_bytes(undo.read_bytes().replace(b"QCOW2BM undo 3", b"QCOW2BM undo 4", 1))
+    undo.write_bytes(undo.read_bytes().replace(b"QCOW2BM undo 4", b"QCOW2BM undo 5", 1))
     refused(image, undo, "not an undo file")
 
 

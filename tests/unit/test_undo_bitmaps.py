@@ -19,6 +19,7 @@ from qcow2bm.bitmap.bring_back import Quarantine
 from qcow2bm.bitmap.quarantine import keep
 from qcow2bm.bitmap.store import BitmapDirectory
 from qcow2bm.errors import BitmapBrokenError, BitmapInconsistentError, UndoError
+from qcow2bm.image import undo_reader
 from qcow2bm.image.overlay import OverlayFile
 from qcow2bm.image.plan import Kept
 from qcow2bm.image.undo_layout import State
@@ -206,6 +207,31 @@ def test_one_that_did_not_record_lacks_nothing(taken, run) -> None:
     status, _, err = run("undo", image, undo, "--bitmap", "off")
     assert (status, err) == (0, "")
     assert named(bitmaps(image), "off") == named(before, "off")
+
+
+def test_what_recorded_before_the_machine_was_started_again_may_lack_writes(taken, run, monkeypatch) -> None:
+    image, undo, _ = taken
+    monkeypatch.setattr(undo_reader, "this_boot", lambda: 12345)
+    status, _, err = run("undo", image, undo, "--bitmap", "data")
+    assert status == 4
+    assert "the machine was started again" in err
+    assert run("undo", image, undo, "--bitmap", "off")[0] == 0
+    assert run("undo", image, undo, "--bitmap", "data", "--stale")[0] == 0
+    assert ("data", False) in [entry[:2] for entry in bitmaps(image)]
+
+
+def test_one_of_another_image_does_not_come_without_a_word(taken, run, tmp_path: Path) -> None:
+    _, undo, _ = taken
+    (tmp_path / "other").mkdir()
+    other = create(tmp_path / "other", str((3 << 20) + 1536), "cluster_size=512")
+    before = other.read_bytes()
+    status, _, err = run("undo", other, undo, "--bitmap", "off")
+    assert status == 4
+    assert "was made for another file" in err
+    assert other.read_bytes() == before
+    status, _, err = run("undo", other, undo, "--bitmap", "off", "--stale")
+    assert status == 0
+    assert "was made for another file" in err
 
 
 def test_stale_is_not_used_where_nothing_is(taken, run) -> None:
