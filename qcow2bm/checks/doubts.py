@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from operator import attrgetter
 
 from ..errors import CorruptImageError
 from ..format.entries import (
@@ -24,6 +25,7 @@ from ..format.entries import (
     table_entries,
 )
 from ..format.extensions import ExtensionType
+from ..format.header import Incompatible
 from ..format.limits import MAX_REFCOUNT_ORDER, MAX_SNAPSHOTS
 from ..format.snapshot_table import SnapshotEntry, parse_snapshots
 from .lost import Leaked
@@ -59,6 +61,15 @@ def header_doubt(view: View, leaked: Leaked) -> str | None:
     return _other_size(view)
 
 
+def has_wrong_pointers(view: View) -> bool:
+    """True if an entry may name another cluster than it should: one is referred to and not counted, one the reverse.
+
+    Lazy refcounts leave that as well, until the dirty bit is gone.
+    """
+    is_dirty = bool(view.header.incompatible_features & Incompatible.DIRTY)
+    return bool(view.uncounted and (view.leaks or view.overcounted)) and not is_dirty
+
+
 def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> str | None:
     """Why leaks may be no leaks, or None.
 
@@ -71,7 +82,11 @@ def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> st
     if not plain:
         return None
     reason = None
-    if has_table:
+    if has_wrong_pointers(view):
+        count = sum(run.count for run in view.uncounted)
+        clusters = "a cluster that is referred to is" if count == 1 else f"{count} clusters that are referred to are"
+        reason = f"{clusters} not counted, and this one may have been meant"
+    elif has_table:
         reason = "the lost table may have referred to it"
     elif _lost_snapshot(view, leaked):
         reason = "the snapshot table goes on with a snapshot that the header does not count"
@@ -79,7 +94,7 @@ def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> st
         reason = f"one of {plain} such clusters, {used} being in use: more than a crash leaves"
     elif view.unseen:
         reason = "there are too many to see what each of them holds"
-    elif view.held_before(leaked):
+    elif view.held_before(Leaked(sorted((*view.leaks, *view.overcounted), key=attrgetter("first")))):
         reason = "the repair whose undo file stands beside the image held it back"
     return reason
 

@@ -753,6 +753,17 @@ _ROWS = (
         hides=True,
     ),
     Problem(
+        "bitmap-clusters-uncounted", _CORRUPTION, _LOSSLESS, _SILENT, "a cluster of a bitmap that nobody counts",
+        (
+            "other clusters are counted and not referred to, so an entry may name the wrong one: the bits may be no "
+            "bits, and QEMU may give the cluster away again"
+        ),
+        (
+            "start no VM; `qcow2bm repair IMAGE --only bitmaps` makes the bits in such a cluster count as dirty, and "
+            "what may have been meant is not given back"
+        ),
+    ),
+    Problem(
         "bitmap-tail-bits", _WARNING, _LOSSLESS, _SILENT, "bits set past the end of the disk",
         _LETTER,
         _ZEROED,
@@ -803,9 +814,13 @@ _ROWS = (
 )  # fmt: skip
 
 PROBLEMS: dict[str, Problem] = {problem.code: problem for problem in _ROWS}
+"""All problems by code, in the order of the documentation."""
 SHARED = ("clusters-shared", "metadata-overlap", "bitmap-clusters-shared")
 """Those of clusters with more uses than one."""
-"""All problems by code, in the order of the documentation."""
+HELD_BACK = ("leak-unproven", "leak-doubtful", "leak-lost-table")
+"""Those of clusters without a reference that may be no leaks."""
+NOT_ITS_OWN = ("bitmap-clusters-shared", "bitmap-clusters-uncounted")
+"""Those of a bitmap's clusters that may hold something else than its bits."""
 
 
 _NO_VALUES: Mapping[str, int] = {}

@@ -228,6 +228,14 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
     ),
     (
         Remedy(
+            "bits that lie in such a cluster count as dirty; a bitmap with its table there "
+            "is quarantined in the undo file",
+            "more is marked than has changed; " + _NO_UNDO,
+        ),
+        "bitmap-clusters-uncounted",
+    ),
+    (
+        Remedy(
             "a bitmap without a name gets one, of a name with a zero byte what follows that goes, a bitmap with a too "
             "long name is quarantined in the undo file",
             _NO_UNDO,

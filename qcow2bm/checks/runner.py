@@ -18,7 +18,7 @@ from .earlier import earlier_states
 from .model import Allocation, Finding, Report, Tally
 from .owners import OwnerSearch
 from .passes import bitmaps, bits, copied, header, leaks, mapping, refcounts, snapshots, storage
-from .problems import SHARED
+from .problems import HELD_BACK, SHARED
 from .telling import TOLD, Telling
 from .view import Progress, View, damaged_image, opened, read_header
 
@@ -28,7 +28,6 @@ DEFAULT_LIMIT = 100
 _OF_CLUSTERS = {*SHARED, "refcount-too-low", "leak", "leak-doubtful", "leak-unproven", "copied-l1", "copied-l2"}
 _NONSENSE = frozenset({"l1-entry-reserved", "l2-unaligned", "l2-entry-reserved", "data-unaligned", "zero-unaligned"})
 """What entries come to that are read in the wrong way."""
-_HELD = ("leak-unproven", "leak-doubtful", "leak-lost-table")
 
 Passes = tuple[Callable[[View], Iterator[Finding]], ...]
 
@@ -211,7 +210,7 @@ def _held_before(file: ImageFile, leaked: Container[int]) -> bool:
     for earlier in earlier_states(file):
         with contextlib.closing(earlier):
             for finding in inspect(earlier, locked=True).findings((*OPENING, *CHECKING, leaks.leaks)):
-                if finding.code in _HELD:
+                if finding.code in HELD_BACK:
                     first = finding.values["first"]
                     if any(cluster in leaked for cluster in range(first, first + finding.count)):
                         return True

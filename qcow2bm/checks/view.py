@@ -86,6 +86,7 @@ class View:
         leaks: runs of clusters without any reference, left for the pass that names them.
         overcounted: the same of clusters with a reference, and a refcount above the number of them.
         undercounted: how many clusters have a refcount below the number of their references.
+        uncounted: runs of those that have none, as many as are kept for a closer look.
         unseen: True if nobody has looked at all of the leaked clusters.
         nonsense: entries of the mapping that cannot be what they should be; counted by whoever takes the findings.
         leak_doubt: left by the leaks' pass: why they may be no leaks although all could be read.
@@ -122,6 +123,7 @@ class View:
         self.leaks: list[Mismatch] = []
         self.overcounted: list[Mismatch] = []
         self.undercounted = 0
+        self.uncounted: list[Mismatch] = []
         self.unseen = False
         self.nonsense = 0
         self.leak_doubt: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checks.model import InQemu, Report, Severity
+from ..checks.problems import HELD_BACK
 
 _VERDICTS = {
     None: "clean",
@@ -20,4 +21,6 @@ def verdict(report: Report) -> str:
     refused = any(finding.qemu is InQemu.REFUSES for finding in report.findings)
     if report.worst is Severity.BITMAP and refused:
         return "QEMU refuses to open it because of its bitmaps; data and refcounts are fine"
+    if report.worst is Severity.LEAK and not report.counts.keys().isdisjoint(HELD_BACK):
+        return "leaked clusters, or what damage has cut off"
     return _VERDICTS[report.worst]

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 from ..bitmap.store import StoredBitmap
 from ..checks.model import Finding, InQemu, Severity
+from ..checks.problems import NOT_ITS_OWN
 from ..checks.view import View
 
-_OF_CLUSTERS = frozenset({"bitmap-clusters-shared", "metadata-overlap", "refcount-too-low", "refcount-overflow"})
+_OF_CLUSTERS = frozenset({*NOT_ITS_OWN, "metadata-overlap", "refcount-too-low", "refcount-overflow"})
 """Problems of clusters, which may be this bitmap's."""
 _BARRING = frozenset({"marked-corrupt"})
 """Problems that keep a VM from the image although QEMU opens it."""
@@ -44,7 +45,7 @@ class Findings:
         for finding in findings:
             if self._concerns_it(finding):
                 _count(self.own, finding)
-                if finding.code == "bitmap-clusters-shared":
+                if finding.code in NOT_ITS_OWN:
                     self.table_is_shared = self.table_is_shared or self._touches(finding, self._table)
             elif self._bars(finding):
                 _count(self.barring, finding)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+from ..checks.doubts import has_wrong_pointers
+from ..checks.lost import Leaked
 from ..checks.model import Finding, RepairClass
 from ..checks.stored import StoredRefcounts
 from ..errors import NoSpaceError
@@ -78,15 +80,38 @@ def _all_wrong(shop: Workshop, codes: set[str]) -> Iterator[tuple[int, int]]:
 
 def raised(shop: Workshop) -> Iterator[Proposal]:
     """Raise the counts that are too low."""
-    own, foreign = _told_apart(shop.found("refcount-too-low"), shop.taken)
+    found = shop.found("refcount-too-low")
+    own, foreign = _told_apart(found, shop.taken)
     if own:
         step = Step("count the clusters that were filled", RepairClass.LOSSLESS, None)
         yield step, partial(_set, shop, own)
+    if tables := _doubtful_tables(shop):
+        # Counted, it would look as if the disk, or the snapshot, held what is there.
+        doubtful, _ = _told_apart(found, tables)
+        foreign = _told_apart(found, shop.taken | tables)[1]
+        count = sum(run.clusters for run in doubtful)
+        title = f"raise the refcounts of {count} clusters of what may be no L1 table"
+        step = Step(title, RepairClass.GUESS, Scope.REFCOUNTS, {"refcount-too-low": count})
+        yield step, partial(_set, shop, doubtful)
     if foreign:
         count = sum(run.clusters for run in foreign)
         title = f"raise the refcounts of {count} clusters to their references"
         step = Step(title, RepairClass.LOSSLESS, Scope.REFCOUNTS, {"refcount-too-low": count})
         yield step, partial(_set, shop, [*foreign, *_held(shop)])
+
+
+def _doubtful_tables(shop: Workshop) -> set[int]:
+    """Clusters of L1 tables that nobody counts, where pointers to them may be wrong."""
+    view = shop.seen
+    if not has_wrong_pointers(view):
+        return set()
+    uncounted, geometry = Leaked(view.uncounted), view.geometry
+    places = {(root.offset, root.entries) for root in view.roots if root.fault is None}
+    return {
+        cluster
+        for offset, entries in places
+        for cluster in uncounted.within(geometry.cluster_of(offset), geometry.clusters(offset + 8 * entries))
+    } - shop.taken
 
 
 def _held(shop: Workshop) -> Iterator[_Run]:

@@ -17,7 +17,7 @@ from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAP_NAME, MAX_BIT
 _ALIGNMENT = 8
 _WINDOW = 1 << 20
 """Bytes of a damaged directory that are searched at once."""
-SHARED_CLUSTERS = "something else uses its clusters too"
+SHARED_CLUSTERS = "something else uses its clusters too, or may"
 """Why a bitmap is broken that breaks no rule of the format by itself."""
 
 

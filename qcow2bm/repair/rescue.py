@@ -18,6 +18,7 @@ from ..bitmap.store import StoredBitmap
 from ..checks.census import Mismatch
 from ..checks.lost import Leaked, LostDirectory, bitmap_places, lost_directories
 from ..checks.model import Finding, RepairClass
+from ..checks.problems import NOT_ITS_OWN
 from ..errors import CorruptImageError
 from ..format.bitmap_directory import BitmapEntry
 from ..format.entries import ALL_ONES, BitmapTableEntry
@@ -30,7 +31,7 @@ from ..image.header_draft import HeaderDraft
 from ..image.plan import Kept
 from .listing import SHARED_CLUSTERS, Listing, list_entries
 from .model import Proposal, Scope, Step
-from .workshop import Workshop
+from .workshop import L1_DAMAGE, Workshop
 
 _DIRECTORY = (
     "bitmaps-count",
@@ -43,7 +44,7 @@ _OF_ONE = (
     *("bitmap-table-offset", "bitmap-table-size", "bitmap-flags", "bitmap-type", "bitmap-name", "bitmap-granularity"),
     *("bitmap-extra-data", "bitmap-extra-data-compatible", "bitmap-table-outside", "bitmap-tables-excessive"),
     *("bitmap-entry-reserved", "bitmap-entry-all-ones", "bitmap-entry-unaligned", "bitmap-data-outside"),
-    "bitmap-clusters-shared",
+    *NOT_ITS_OWN,
 )
 _MOST_LEAKED = 1 << 16
 """Leaked clusters up to which a lost directory is looked for."""
@@ -94,8 +95,12 @@ def _dropping(shop: Workshop, found: list[Finding]) -> Step:
 
 def _quarantine_class(shop: Workshop) -> RepairClass:
     """Taking out what is broken loses nothing, if the undo file keeps it; but it may be the header that is wrong."""
-    if shop.view.doubt:
-        return RepairClass.GUESS
+    if shop.view.doubt or shop.found(*L1_DAMAGE):
+        return RepairClass.GUESS  # and while nothing of the disk can be read it is well that QEMU does not open it
+    pointer, geometry = shop.view.directory.pointer, shop.view.geometry
+    clusters = _directory_clusters(shop, pointer) if pointer is not None else range(0)
+    if not all(shop.owns(geometry.offset_of(cluster)) for cluster in clusters):
+        return RepairClass.GUESS  # it may be the other structure that is not where its pointer says
     return RepairClass.LOSSLESS if shop.policy.keeps_undo else RepairClass.LOSSY
 
 
@@ -138,8 +143,10 @@ def _directory(shop: Workshop) -> Iterator[Proposal]:
     """Bitmaps that cannot stay go, those that can be mended are."""
     if places := _doubtful_chunks(shop):
         names = ", ".join(sorted({f"'{bitmap.name}'" for bitmap, _ in places}))
-        title = f"mark as dirty what lies in clusters that something else uses too: {len(places)} parts of {names}"
-        yield _step(title, shop.found("bitmap-clusters-shared")), partial(_mark_dirty, shop, places)
+        title = (
+            f"mark as dirty what lies in clusters that something else uses too, or may: {len(places)} parts of {names}"
+        )
+        yield _step(title, shop.found(*NOT_ITS_OWN)), partial(_mark_dirty, shop, places)
     yield from _entries(shop)
     if found := shop.found(*_NAMES):
         yield _step("give bitmaps that cannot be told apart names of their own", found), partial(_rename, shop)
@@ -213,20 +220,20 @@ def _pointer(shop: Workshop) -> BitmapsExtension | None:
 
 
 def _shared(shop: Workshop) -> list[tuple[int, int]]:
-    """The host ranges where a bitmap's cluster has another use."""
+    """The host ranges where a bitmap's cluster has another use, or may have."""
     geometry = shop.view.geometry
     return [
         (geometry.offset_of(finding.values["first"]), geometry.offset_of(finding.values["first"] + finding.count))
-        for finding in shop.found("bitmap-clusters-shared")
+        for finding in shop.found(*NOT_ITS_OWN)
     ]
 
 
 def _doubtful_chunks(shop: Workshop) -> list[tuple[StoredBitmap, int]]:
-    """Sound bitmaps of which a data cluster, and not the table, has another use: each with the index of the entry.
+    """Sound bitmaps of which a data cluster, and not the table, may have another use, each with the entry's index.
 
-    What the other owner has written there are no bits, so nobody knows which are set.
+    What another owner has written there are no bits, so nobody knows which are set.
     """
-    if not shop.found("bitmap-clusters-shared"):
+    if not shop.found(*NOT_ITS_OWN):
         return []
     found: list[tuple[StoredBitmap, int]] = []
     geometry = shop.view.geometry

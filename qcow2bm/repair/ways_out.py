@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..bitmap.store import State
 from ..checks.model import RepairClass
-from ..checks.problems import PROBLEMS
+from ..checks.problems import NOT_ITS_OWN, PROBLEMS
 from ..checks.remedies import REMEDIES, repair_options
 from ..format.header import CHANGE_CUT_SHORT
 from ..format.limits import MAX_BITMAP_NAME
@@ -24,7 +24,6 @@ STATES = frozenset({"bitmap-inconsistent", "bitmap-detached", "bitmap-active"})
 """Problems that are states of a bitmap, and no damage."""
 
 _LOST = frozenset(code for code, remedy in REMEDIES.items() if "this bitmap is quarantined" in remedy.does)
-_SHARED = "bitmap-clusters-shared"
 _EMPTY = frozenset({"bitmaps-extension-missing"})
 _RENAMED = frozenset({"bitmap-name", "bitmap-name-duplicate"})
 _RISKS = list(RepairClass)
@@ -197,7 +196,7 @@ def _mended(case: Case) -> Iterator[WayOut | LeftOut]:
     rows = [PROBLEMS[code] for code in codes if repair_options(PROBLEMS[code]) is not None]
     if not rows and not (case.state is State.BROKEN and case.is_attached):
         return
-    riskiest = max(rows or [PROBLEMS[_SHARED]], key=lambda row: _RISKS.index(row.repair))
+    riskiest = max(rows or [PROBLEMS[NOT_ITS_OWN[0]]], key=lambda row: _RISKS.index(row.repair))
     options = repair_options(riskiest) or ()
     if all(row.code.startswith(_PART) for row in rows):
         options = (*options, "--only", "bitmaps")
@@ -218,7 +217,7 @@ def _after_mending(case: Case) -> tuple[NextBackup, Proof]:
         return NextBackup.FULL, Proof.NONE
     if case.state in (State.INCONSISTENT, State.DETACHED):
         return NextBackup.UNDECIDED, Proof.UNTOUCHED
-    if _SHARED in case.own:
+    if not case.own.isdisjoint(NOT_ITS_OWN):
         return (NextBackup.FULL, Proof.NONE) if case.table_is_shared else (NextBackup.LARGER, Proof.SUPERSET)
     return NextBackup.INCREMENTAL, Proof.UNTOUCHED
 

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..checks.model import Finding, RepairClass, Report, Tally
-from ..checks.problems import SHARED
+from ..checks.problems import NOT_ITS_OWN, SHARED
 from ..checks.runner import DEFAULT_LIMIT, Inspection, inspect, report_on
 from ..checks.view import Progress, View
 from ..errors import NoSpaceError, ProofError
@@ -28,7 +28,7 @@ from .spans import Spans
 
 _SEARCHED = 1 << 12
 """Clusters of the file that are looked at for free ones before new ones are taken behind its end."""
-_L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
+L1_DAMAGE = ("l1-outside", "l1-offset", "l1-size", "l1-too-small")
 _ODD = ("l1-entry-reserved", "l2-unaligned", "l2-outside", "l2-entry-reserved", "data-unaligned")
 _SPARE = 1 << 12
 """Clusters beside twice the disk's that a file may grow to: damage that asks for more is no reason to fill a disk."""
@@ -177,7 +177,7 @@ class Workshop:
         header, are what a damaged field of the header looks like: whatever is written then may be written over what is
         sound.
         """
-        lost = self.found(*_L1_DAMAGE)
+        lost = self.found(*L1_DAMAGE)
         if lost:
             return f"the active L1 table is damaged ({lost[0].code}), so nobody knows what is mapped where"
         if self.policy.allows(RepairClass.GUESS):
@@ -354,5 +354,5 @@ class Workshop:
 
 
 def _shared(found: dict[str, list[Finding]]) -> Spans:
-    findings = (finding for code in SHARED for finding in found.get(code, ()))
+    findings = (finding for code in (*SHARED, *NOT_ITS_OWN) for finding in found.get(code, ()))
     return Spans((f.values["first"], f.values["first"] + f.count) for f in findings).sorted()

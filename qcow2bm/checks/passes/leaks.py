@@ -8,12 +8,14 @@ from heapq import merge
 from operator import attrgetter
 from typing import NamedTuple
 
+from ...format.geometry import runs
 from ...format.text import decode_name
 from ..census import Mismatch
 from ..clusters import mismatch
-from ..doubts import header_doubt, leak_doubt
+from ..doubts import has_wrong_pointers, header_doubt, leak_doubt
 from ..lost import Leaked, bitmap_places, lost_directories, lost_tables
-from ..model import Finding
+from ..model import Finding, Location
+from ..problems import found
 from ..view import View
 
 _OWNED = 1 << 20
@@ -45,10 +47,31 @@ def leaks(view: View) -> Iterator[Finding]:
     if not view.blind:  # else any of them may be
         _add_lost_tables(view, leaked, owned)
         _weigh(view, leaked, owned)
+        yield from _misplaced(view)
     known = sorted(owned)
     for run in merge(view.leaks, view.overcounted, key=attrgetter("first")):
         for part, owner in _parts(run, owned, known):
             yield mismatch(view, part, owner.code, owner.phrase, owner.bitmap)
+
+
+def _misplaced(view: View) -> Iterator[Finding]:
+    """Clusters of bitmaps that nobody counts, where an entry may name another than it should."""
+    if not has_wrong_pointers(view) or not view.directory.attached:
+        return
+    uncounted, left = Leaked(view.uncounted), _OWNED
+    tables = {bitmap.entry.bitmap_table_offset: bitmap for bitmap in view.bitmaps}
+    for bitmap in tables.values():
+        for reference in bitmap.references():
+            if view.census.reaches_outside(reference.offset, reference.length) or left <= 0:
+                continue
+            first, last = (view.geometry.cluster_of(reference.offset + at) for at in (0, reference.length - 1))
+            left -= last + 1 - first
+            for start, count in runs(uncounted.within(first, last + 1)):
+                offset = view.geometry.offset_of(start)
+                what = "a cluster" if count == 1 else f"{count} clusters"
+                text = f"{what} at {offset:#x}: {reference.owner}, and counted by nobody"
+                where = Location("cluster", offset, bitmap=bitmap.name)
+                yield found("bitmap-clusters-uncounted", text, where, count=count, first=start)
 
 
 def _weigh(view: View, leaked: Leaked, owned: _Owned) -> None:

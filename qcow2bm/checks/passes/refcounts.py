@@ -156,6 +156,8 @@ def _compared(view: View) -> Iterator[Finding]:
             yield mismatch(view, run)
         else:
             view.undercounted += run.count
+            if not run.stored and len(view.uncounted) < _KEPT_LEAKS:
+                view.uncounted.append(run)
             yield mismatch(view, run)
 
 
