@@ -47,6 +47,12 @@ BESIDE = re.compile(
 """What QEMU says where it misses something that is not in the image: another file, a driver, a key."""
 _OF_BITMAPS = 0.7
 """The share of edits that concern a bitmap, where the image has one."""
+_WRITTEN = 40 << 10
+"""Bytes of a guest's write."""
+_MOST = 16 << 20
+"""Bytes of a disk that is written to."""
+_TURNS = 3
+"""VMs that are started one after the other."""
 _STRUCK = 0.5
 """The share of images of which only the most important numbers were overwritten."""
 _TOO_LONG = 20
@@ -158,6 +164,35 @@ class Trial:
             yield f"clean, but QEMU's check says {before.check}, and: {before.refusal}"
         if status == 3 and not before.misses_something and not before.is_sound:
             yield f"leaks only, but QEMU's check says {before.check}, and: {before.refusal}"
+        if status in (0, 3, 4):
+            yield from self.written_to(before, status)
+
+    def written_to(self, before: Word, status: int) -> Iterator[str]:
+        """A VM that starts on an image not called corrupt loses nothing, as often as it is shut down in between."""
+        raw = self.image.with_name("disk.raw")
+        size = raw.stat().st_size if before.data is not None and before.refusal == "" else 0
+        if not _WRITTEN < size <= _MOST:
+            return
+        expected = bytearray(raw.read_bytes())
+        for turn in range(_TURNS):
+            words: list[str] = []
+            for _ in range(3):
+                at = self.chance.randrange(0, size - _WRITTEN) // 512 * 512
+                words += ["-c", f"write -P {turn + 101} {at} {_WRITTEN}"]
+                expected[at : at + _WRITTEN] = bytes([turn + 101]) * _WRITTEN
+            opening, name = open_arguments(self.image, self.base.secret)
+            done = subprocess.run(
+                ["prlimit", "--core=0", "qemu-io", *words, *opening, name], capture_output=True, text=True,
+                errors="surrogateescape", cwd=self.image.parent, timeout=60, check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+            if done.returncode:
+                yield f"it ended with {status}, and a write of the guest failed: {done.stdout[-300:]}{done.stderr}"
+                return
+        after = self._qemu()
+        if after.data is None or after.data != hashlib.sha256(expected).digest():
+            yield f"it ended with {status}, and the guest has lost data by writing"
+        if after.check not in (0, 3, None):
+            yield f"it ended with {status}, and after some writes QEMU's check says {after.check}"
 
     def edited(self, before: Word) -> Iterator[str]:
         words = [word.format(image=self.image) for word in self.edit.split()]
