@@ -244,7 +244,7 @@ def _table(kept: KeptBytes, entry: BitmapEntry, geometry: Geometry) -> tuple[arr
     if geometry.bitmap_bytes(entry.granularity) > MAX_BITMAP_BYTES:
         return nothing, f"its directory entry: its granularity is too small for a disk of {geometry.virtual_size} bytes"
     offset, length, size = entry.bitmap_table_offset, 8 * entry.bitmap_table_size, kept.undo.size_before
-    if offset >= size or offset + length >= geometry.outside_from(size):
+    if geometry.is_outside(offset, length, size):
         return nothing, f"its table at {offset:#x} lies outside the file of {size} bytes"
     data = kept.read(offset, length)
     if data is None:

@@ -391,6 +391,6 @@ def _require_sane(image: Qcow2Image, pointer: BitmapsExtension) -> None:
         raise CorruptImageError(text, code="bitmap-directory-offset")
     if not FIXED_LENGTH <= size <= MAX_BITMAP_DIRECTORY_BYTES:
         raise CorruptImageError(f"the bitmap directory's size is {size}", code="bitmap-directory-size")
-    if offset >= image.file.size or offset + size >= image.geometry.outside_from(image.file.size):
+    if image.geometry.is_outside(offset, size, image.file.size):
         text = f"the bitmap directory at {offset:#x} lies outside the file of {image.file.size} bytes"
         raise TruncatedImageError(text, code="bitmap-directory-outside")

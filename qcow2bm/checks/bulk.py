@@ -52,8 +52,9 @@ class BulkCensus(Census):
         version: int,
         data_file: bool,
         entries: int,
+        as_qemu: bool = False,
     ) -> None:
-        super().__init__(geometry, file_size, stored, version=version, data_file=data_file)
+        super().__init__(geometry, file_size, stored, version=version, data_file=data_file, as_qemu=as_qemu)
         self._near = min(self.clusters + 2, max(_NEAR, _NEAR_PER_ENTRY * entries))
         self._counts = {use: Counters(self._near) for use in Use}
         self.flags = CopiedFlags(geometry, stored, self._near)
@@ -171,7 +172,9 @@ class BulkCensus(Census):
 
     def _add_any(self, entries: L2Words, batch: Batch) -> TableFacts:
         """Entries of any kind."""
-        suspects = entries.suspects(self.file_size, version=self.version, data_file=self.data_file)
+        suspects = entries.suspects(
+            self.file_size, self.streams_outside_from, version=self.version, data_file=self.data_file
+        )
         if suspects is not None:
             self._add_suspects(entries, np.flatnonzero(suspects), batch)
         streams = 0
@@ -200,7 +203,7 @@ class BulkCensus(Census):
         if entries.bitmaps is not None:
             compressed &= entries.bitmaps[places] == 0
         first, last, end = compressed_clusters(values[compressed], self.geometry)
-        inside = end < self.geometry.outside_from(self.file_size)
+        inside = end < self.streams_outside_from
         if inside.any():
             self._count_streams(first[inside], last[inside], batch.active + batch.others)
 

@@ -96,14 +96,23 @@ class Census(ABC):
     """Counts references, then compares them with the refcounts on disk.
 
     Attributes:
+        as_qemu: what lies outside the file is what QEMU's check takes for it: less than there is.
         clusters: clusters of the file, or one more if a reference ends in the one after it.
         highest: the highest cluster that `compare` has seen used or counted.
         guest: how many clusters `compare` has seen that hold guest data, of the disk or of snapshots.
     """
 
     def __init__(
-        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, version: int, data_file: bool
+        self,
+        geometry: Geometry,
+        file_size: int,
+        stored: StoredRefcounts,
+        *,
+        version: int,
+        data_file: bool,
+        as_qemu: bool = False,
     ) -> None:
+        self.as_qemu = as_qemu
         self.geometry = geometry
         self.file_size = file_size
         self.stored = stored
@@ -114,19 +123,41 @@ class Census(ABC):
         self.guest = 0
 
     def reaches_outside(self, offset: int, length: int) -> bool:
-        """True if a range ends one cluster or more after the end of the file."""
-        return offset + length >= self.geometry.outside_from(self.file_size)
+        """True if a structure, or a standard cluster, lies outside the file."""
+        if self.as_qemu:
+            return length > 0 and offset + length >= self.geometry.outside_for_qemu(self.file_size)
+        return self.geometry.is_outside(offset, length, self.file_size)
+
+    @property
+    def streams_outside_from(self) -> int:
+        """Compressed streams that end here or later lie outside the file."""
+        if self.as_qemu:
+            return self.geometry.outside_for_qemu(self.file_size)
+        return self.geometry.streams_outside_from(self.file_size)
+
+    def outside_of(self, entry: L2Entry) -> tuple[int, int] | None:
+        """What an L2 entry refers to in this file, as offset and length, if that lies outside; None if it does not."""
+        place = entry.host_range(self.geometry, data_file=self.data_file)
+        if place is None:
+            return None
+        is_outside = sum(place) >= self.streams_outside_from if entry.is_compressed else self.reaches_outside(*place)
+        return place if is_outside else None
 
     def add(self, use: Use, offset: int, length: int, weight: int = 1) -> bool:
         """Count the clusters of a range; False, and nothing is counted, if it reaches outside the file."""
-        if length <= 0 or weight <= 0:
+        if weight <= 0:
             return True
         if self.reaches_outside(offset, length):
             return False
+        self._add_inside(use, offset, length, weight)
+        return True
+
+    def _add_inside(self, use: Use, offset: int, length: int, weight: int) -> None:
+        if length <= 0:
+            return
         stop = self.geometry.cluster_of(offset + length - 1) + 1
         self.clusters = max(self.clusters, stop)
         self.count(use, self.geometry.cluster_of(offset), stop, weight)
-        return True
 
     def count_entry(self, entry: L2Entry, active: int, others: int, length: int = 1) -> bool:
         """Count what an entry and those that continue it, `length` in all, refer to.
@@ -139,7 +170,10 @@ class Census(ABC):
         if place is None:
             return True
         if entry.is_compressed:
-            return self.add(Use.COMPRESSED, *place, active + others)
+            if self.outside_of(entry) is not None:
+                return False
+            self._add_inside(Use.COMPRESSED, *place, active + others)
+            return True
         offset, size = place[0], place[1] * length
         return self.add(Use.DATA, offset, size, active) and self.add(Use.SNAPSHOT, offset, size, others)
 

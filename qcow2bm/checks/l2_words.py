@@ -67,10 +67,10 @@ class L2Words:
         """Bits that no standard entry has: reserved ones, and those of an offset within a cluster."""
         return L2_RESERVED | (self._geometry.cluster_size - 1 & OFFSET_MASK)
 
-    def suspects(self, file_size: int, *, version: int, data_file: bool) -> Mask | None:
+    def suspects(self, file_size: int, streams_from: int, *, version: int, data_file: bool) -> Mask | None:
         """Entries to look at one by one: all that `L2Entry.faults` complains of or that reach outside; None if none.
 
-        Some that are sound may be among them.
+        Some that are sound may be among them. Streams that end at `streams_from` or later reach outside.
         """
         odd = self.odd_bits | (ZERO if version == 2 else 0)
         suspects: Mask = np.zeros(self.values.size, np.bool_)
@@ -80,16 +80,16 @@ class L2Words:
                 suspects |= self.offsets >= np.uint64(file_size)
             suspects &= self.values & np.uint64(COMPRESSED) == 0
         if self.some_compressed:
-            suspects |= self._odd_streams(file_size, data_file=data_file)
+            suspects |= self._odd_streams(streams_from, data_file=data_file)
         if self.bitmaps is not None:
             suspects |= self._odd_subclusters(self.bitmaps)
         return suspects if suspects.any() else None
 
-    def _odd_streams(self, file_size: int, *, data_file: bool) -> Mask:
+    def _odd_streams(self, outside_from: int, *, data_file: bool) -> Mask:
         compressed: Mask = self.values & np.uint64(COMPRESSED) != 0
         if data_file:
             return compressed
-        odd: Mask = self.streams[2] >= self._geometry.outside_from(file_size)
+        odd: Mask = self.streams[2] >= outside_from
         if self.every & COPIED:
             odd |= self.values & np.uint64(COPIED) != 0
         return odd if self.all_compressed else odd & compressed

@@ -115,7 +115,7 @@ class OwnerSearch:
         for index in self._candidates(table):
             entry = L2Entry.of(values, index, self._geometry)
             reach = entry.host_range(self._geometry)
-            if reach is not None and self._is_wanted(*reach):
+            if reach is not None and self._is_wanted(*reach) and self._view.census.outside_of(entry) is None:
                 hits.append((index, reach))
         if hits:
             self._kept_hits[offset] = hits

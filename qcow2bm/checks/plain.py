@@ -22,9 +22,16 @@ class PlainCensus(Census):
     """Run by run: entries that follow each other are one range, and so are the clusters that they refer to."""
 
     def __init__(
-        self, geometry: Geometry, file_size: int, stored: StoredRefcounts, *, version: int, data_file: bool
+        self,
+        geometry: Geometry,
+        file_size: int,
+        stored: StoredRefcounts,
+        *,
+        version: int,
+        data_file: bool,
+        as_qemu: bool = False,
     ) -> None:
-        super().__init__(geometry, file_size, stored, version=version, data_file=data_file)
+        super().__init__(geometry, file_size, stored, version=version, data_file=data_file, as_qemu=as_qemu)
         self._runs: list[tuple[int, int, Use, int]] = []
 
     def count(self, use: Use, first: int, stop: int, weight: int) -> None:

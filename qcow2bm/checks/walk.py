@@ -59,9 +59,17 @@ class TableWalk:
                 version=version,
                 data_file=data_file,
                 entries=entries + bitmap_entries,
+                as_qemu=view.as_qemu,
             )
         else:
-            view.census = PlainCensus(self._geometry, view.file_size, view.stored, version=version, data_file=data_file)
+            view.census = PlainCensus(
+                self._geometry,
+                view.file_size,
+                view.stored,
+                version=version,
+                data_file=data_file,
+                as_qemu=view.as_qemu,
+            )
         for active, others, offsets in groups:
             view.census.add_l2_tables(offsets, active + others)
         total = sum(len(offsets) for _, _, offsets in tables) * self._geometry.cluster_size

@@ -125,7 +125,7 @@ def l2_faults(
     found["data-outside"] = standard & (offsets >= np.uint64(file_size))
     found["compressed-outside"] = outside = compressed & (bitmaps == 0)
     if outside.any():
-        outside &= compressed_clusters(values, geometry)[2] >= geometry.outside_from(file_size)
+        outside &= compressed_clusters(values, geometry)[2] >= geometry.streams_outside_from(file_size)
     return found
 
 

@@ -47,6 +47,15 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
+def begins_outside(offset: int, length: int, unit: int, size: int) -> bool:
+    """True if the last unit of a range, counted from where the range begins, begins at the end of a file or later.
+
+    A file may end within the last cluster of a structure, for a writer need not fill it; but what of a structure
+    begins behind the end was never written, or was lost. Nothing lies outside of an empty range.
+    """
+    return length > 0 and offset + (length - 1) // unit * unit >= size
+
+
 def is_power_of_two(number: int) -> bool:
     """True for 1, 2, 4, 8 …"""
     return number > 0 and number & (number - 1) == 0
@@ -89,8 +98,22 @@ class Geometry:
         """True if a table of `length` bytes may start at `offset`: aligned, and within what QEMU can address."""
         return self.is_aligned(offset) and offset + length <= MAX_FILE_SIZE
 
-    def outside_from(self, file_size: int) -> int:
-        """A range that ends here or later lies outside the file, whose last cluster may be cut short."""
+    # The end of the file
+
+    def is_outside(self, offset: int, length: int, file_size: int) -> bool:
+        """True if a structure, or one of its clusters, begins at the end of the file or later: one rule for them all.
+
+        Of a compressed cluster it is the last sector: see `streams_outside_from`.
+        """
+        return begins_outside(offset, length, self.cluster_size, file_size)
+
+    @staticmethod
+    def streams_outside_from(file_size: int) -> int:
+        """A compressed stream that ends here or later lies outside the file: its last sector begins behind the end."""
+        return round_up(file_size, COMPRESSED_SECTOR) + COMPRESSED_SECTOR
+
+    def outside_for_qemu(self, file_size: int) -> int:
+        """Any range that ends here or later is outside for QEMU's check, whatever there is of it before that."""
         return file_size + self.cluster_size
 
     # Cluster mapping

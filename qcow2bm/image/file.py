@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import FlushError, ImageIOError, NotQcow2Error, TruncatedImageError, naming
+from ..format.geometry import begins_outside
 from ..format.limits import MAX_CLUSTER_BITS
 
 JOURNAL_SUFFIX = ".qcow2bm-journal"
@@ -37,8 +38,8 @@ class ImageFile:
         fd: the file descriptor, which also carries the locks.
         size: length of the file or device; follows writes and truncation.
         is_device: True for a block device, whose size is fixed.
-        slack: bytes past the end of the file that read as zeroes, because a structure may end in a cluster that the
-            file holds only in part: one cluster of this image, the largest there is until the header is read.
+        slack: bytes past the end of the file that may read as zeroes, because a structure may end in a cluster that
+            the file holds only in part: one cluster of this image, the largest there is until the header is read.
     """
 
     def __init__(self, fd: int, path: Path, *, writable: bool, size: int, is_device: bool) -> None:
@@ -125,17 +126,21 @@ class ImageFile:
             close_fd(fd)
 
     def read_at(self, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes from `offset`; what lies up to `slack` bytes past the end of the file is zeroes.
+        """Exactly `length` bytes from `offset`; of the cluster in which the file ends the rest is zeroes.
 
         Raises:
-            TruncatedImageError: the range lies outside the file. Nothing is allocated on the word of such a range.
+            TruncatedImageError: one of the range's clusters begins outside the file. Nothing is allocated on the word
+                of such a range.
         """
         if not length:
             return b""
-        if offset >= self.size or offset + length > self.size + self.slack:
-            raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
+        self._require_inside(offset, length)
         data = read_fd(self.fd, length, offset)
         return data if len(data) == length else data + bytes(length - len(data))
+
+    def _require_inside(self, offset: int, length: int) -> None:
+        if begins_outside(offset, length, self.slack, self.size):
+            raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
 
     def read_padded(self, offset: int, length: int) -> bytes:
         """`length` bytes, which the caller has bounded, with zeroes wherever the file has none: as QEMU reads."""

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from ..errors import TruncatedImageError
 from .disk_refcounts import DiskRefcounts
 from .file import ImageFile
 from .image import Qcow2Image
@@ -231,8 +230,7 @@ class OverlayFile(ImageFile):
 
     def _require_present(self, offset: int, length: int) -> int:
         """How much of a range lies within the file; raises as `read_at` for what is not there at all."""
-        if offset >= self.size or offset + length > self.size + self.slack:
-            raise TruncatedImageError(f"{length} bytes at {offset:#x} lie outside the file of {self.size} bytes")
+        self._require_inside(offset, length)
         return min(length, self.size - offset)
 
     def _base_bytes(self, offset: int, length: int) -> bytes:

@@ -200,7 +200,7 @@ class _Separation:
         for index in self._candidates(data):
             entry = L2Entry.of(values, index, geometry)
             reach = entry.host_range(geometry)
-            if reach is None or view.census.reaches_outside(*reach) or not geometry.is_aligned(entry.host_offset):
+            if reach is None or view.census.outside_of(entry) is not None or not geometry.is_aligned(entry.host_offset):
                 continue
             if entry.is_compressed and not entry.is_stream():
                 continue

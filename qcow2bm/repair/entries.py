@@ -151,6 +151,5 @@ def _has_fault(view: View, code: str, entry: L2Entry) -> bool:
     faults = entry.faults(view.geometry, version=view.header.version, data_file=data_file)
     if any(fault.code == code for fault in faults):
         return True
-    reach = entry.host_range(view.geometry, data_file=data_file)
     outside = "compressed-outside" if entry.is_compressed else "data-outside"
-    return code == outside and reach is not None and view.census.reaches_outside(*reach)
+    return code == outside and view.census.outside_of(entry) is not None

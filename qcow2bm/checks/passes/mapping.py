@@ -218,8 +218,8 @@ def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Itera
         )  # fmt: skip
     if entry.is_compressed and not entry.is_stream(data_file=data_file):
         return
-    reach = entry.host_range(view.geometry, data_file=data_file)
-    if reach is None or not view.census.reaches_outside(*reach):
+    reach = view.census.outside_of(entry)
+    if reach is None:
         return
     code, what = ("compressed-outside", "compressed") if entry.is_compressed else ("data-outside", "data")
     text = f"a {what} cluster ({reach[1]} bytes at {reach[0]:#x}) lies outside the file"

@@ -63,8 +63,7 @@ def _is_odd_l2(view: View, entry: L2Entry) -> bool:
     version, data_file = view.header.version, view.header.has_data_file
     if next(entry.faults(view.geometry, version=version, data_file=data_file), None) is not None:
         return True
-    reach = entry.host_range(view.geometry, data_file=data_file)
-    return reach is not None and view.census.reaches_outside(*reach)
+    return view.census.outside_of(entry) is not None
 
 
 def _entries(view: View, offset: int) -> Iterator[L2Entry]:
