@@ -86,7 +86,10 @@ def _step(shop: Workshop, code: str, kind: RepairClass, title: str, found: list[
 
 
 def _joined(shop: Workshop, found: list[Finding]) -> Iterator[GuestRange]:
-    """The guest ranges of findings, neighbours as one; those of snapshots are not the guest's disk."""
+    """The guest ranges of findings, neighbours as one; those of snapshots are not the guest's disk.
+
+    What a table maps past the end of the disk is not the guest's either, and there may be far more of that.
+    """
     places = {
         (where.guest_offset, where.guest_length)
         for where in (finding.location for finding in found if not finding.folded)
@@ -96,7 +99,8 @@ def _joined(shop: Workshop, found: list[Finding]) -> Iterator[GuestRange]:
         if finding.folded:
             places.update(whole_tables.guest_ranges(shop, finding))
     start = end = -1
-    for offset, length in sorted(places):
+    disk = shop.seen.geometry.virtual_size
+    for offset, length in sorted((offset, min(length, disk - offset)) for offset, length in places if offset < disk):
         if offset > end or end < 0:
             if end > start:
                 yield start, end - start

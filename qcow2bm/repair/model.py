@@ -165,7 +165,8 @@ class Step:
         scope: the part it mends; None for a consequence of other steps, which is never asked about, nor left out by
             `only`.
         codes: the problems it mends, each with how often.
-        guest: ranges of the guest's disk whose content is given up or guessed; none for a lossless step.
+        guest: ranges of the guest's disk, up to its end, whose content is given up or guessed; none for a lossless
+            step.
         edits: what it writes, once it has been taken; the first of them, `edits_left_out` more were made.
         proof: of a salvaged bitmap, how sure its bits are.
         refused: why it is not taken; None if it is.

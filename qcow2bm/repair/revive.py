@@ -73,8 +73,7 @@ def _proposals(
 
 def changed_ranges(shop: Workshop, taken: Iterable[Step]) -> Iterator[Proposal]:
     """Where steps have changed what the guest reads, the next incremental backup must copy it."""
-    end = shop.view.geometry.virtual_size
-    ranges = _joined(sorted((start, min(length, end - start)) for step in taken for start, length in step.guest))
+    ranges = _joined(sorted(span for step in taken for span in step.guest))
     names = [b.name for b in shop.view.directory.bitmaps if b.state is State.READY and b.recording]
     if ranges and names:
         text = f"mark what was given up or guessed as changed in {len(names)} recording bitmaps"
@@ -87,8 +86,6 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     widest = max(0, gaps[-_MOST_RANGES]) if len(gaps) >= _MOST_RANGES else 0
     joined: list[tuple[int, int]] = []
     for start, length in ranges:
-        if length <= 0:
-            continue
         if joined and start <= sum(joined[-1]) + widest:
             first = joined[-1][0]
             joined[-1] = first, max(sum(joined[-1]), start + length) - first
