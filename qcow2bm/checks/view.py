@@ -31,7 +31,7 @@ from ..image.image import Qcow2Image, settle_interrupted, take_locks
 from ..image.plan import SECTOR
 from ..image.references import Kind, Reference, l1_owner, structures
 from .census import Census, Mismatch
-from .model import Allocation
+from .model import Allocation, InQemu
 from .plain import PLAIN_ENTRIES, PlainCensus
 from .stored import StoredRefcounts
 from .telling import Telling
@@ -186,6 +186,10 @@ class View:
     @census.setter
     def census(self, census: Census) -> None:
         self._census = census
+
+    def in_qemu(self, end: int) -> InQemu | None:
+        """What QEMU's check makes of what lies outside the file and ends there: None for what it makes of that else."""
+        return None if end >= self.geometry.outside_for_qemu(self.file_size) else InQemu.SILENT
 
     def structures(self) -> Iterator[Reference]:
         """Everything but L2 tables, guest data and bitmaps, as ranges with an owner."""

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 
 import qcow2bm
-from qcow2bm.checks.model import RepairClass, Report
+from qcow2bm.checks.model import InQemu, RepairClass, Report
 from qcow2bm.format.geometry import round_up
 from tests.interop import test_check_differential as differential
 from tests.support.qemu import (
@@ -49,7 +49,10 @@ def way(request) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """An image to cut: its options, and which parts it has. The last of them are tables."""
+    """An image to cut: its options, and which parts it has.
+
+    What lies last in it are tables, or compressed clusters: where a standard cluster was cut nobody can tell.
+    """
 
     name: str
     options: str
@@ -63,7 +66,9 @@ class Shape:
             qemu_img("bitmap", "--add", "-g", "4k", image, "fine")
             qemu_img("bitmap", "--add", "-g", "64k", image, "coarse")
         writes = [f"write -P {number} {number}M 3k" for number in range(1, 4)]
-        qemu_io(image, *writes, "write -c -P 7 4M 64k", "write -c -P 8 5M 64k")
+        half = image.with_name("half")
+        half.write_bytes((random.Random(1).randbytes(2 << 10) + bytes(2 << 10)) * 16)
+        qemu_io(image, *writes, "write -c -P 7 4M 64k", f"write -c -s {half} 5M 64k")
         if self.snapshot:
             qemu_img("snapshot", "-c", "before", image)
             qemu_io(image, "write -P 9 6M 4k")
@@ -75,6 +80,7 @@ SHAPES = (
     Shape("4k", "cluster_size=4k"),
     Shape("4k-no-bitmaps", "cluster_size=4k", bitmaps=False),
     Shape("4k-no-snapshot", "cluster_size=4k", snapshot=False),
+    Shape("4k-plain", "cluster_size=4k", bitmaps=False, snapshot=False),
     Shape("64k", "cluster_size=64k"),
     Shape("64k-extended", "cluster_size=64k,extended_l2=on"),
     Shape("64k-zstd", "cluster_size=64k,compression_type=zstd"),
@@ -212,6 +218,11 @@ def test_what_begins_just_behind_the_end_is_outside_as_what_lies_far_out(
     there, further = qcow2bm.check(near), qcow2bm.check(far)
     assert code in there.counts
     assert (there.counts, there.exit_status) == (further.counts, further.exit_status), way
+    [finding] = [finding for finding in there.findings if finding.code == code]
+    if not encryption and finding.qemu is not InQemu.REFUSES:
+        said = qemu_img("check", near, check=False).stderr
+        told = "exceeding the end of the file" in said or "outside image" in said
+        assert finding.qemu is (InQemu.CORRUPTION if told else InQemu.SILENT), said
     for allow in (RepairClass.LOSSLESS, RepairClass.GUESS):
         *steps, after = repaired(near, allow)
         *others, then = repaired(far, allow)

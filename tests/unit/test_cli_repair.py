@@ -99,6 +99,18 @@ def test_lossy_steps_name_the_guest_ranges(damaged, run) -> None:
     assert (step["class"], step["guest-ranges"]) == ("lossy", [{"offset": 262144, "length": 65536}])
 
 
+@pytest.mark.parametrize("code", ["l2-outside", "l2-unaligned", "l1-entry-reserved"])
+def test_the_guest_ranges_of_a_step_end_with_the_disk(code: str, damaged, run) -> None:
+    """An L2 table maps far more than there is of a small disk."""
+    image = damaged(code)
+    size = int.from_bytes(image.read_bytes()[24:32], "big")
+    result = run("repair", image, "-n", "--allow", "guess", "--output", "json")
+    ranges = [where for step in json.loads(result.out)["steps"] for where in step["guest-ranges"]]
+    assert ranges
+    assert all(0 < where["length"] <= size - where["offset"] for where in ranges)
+    assert "+512 MiB" not in run("repair", image, "-n", "--allow", "guess").out
+
+
 def test_without_an_undo_file_a_quarantine_is_lossy(damaged, run) -> None:
     image = damaged("bitmap-type")
     refused = run("repair", image, "--yes", "--no-undo")

@@ -148,7 +148,8 @@ def _table(view: View, bitmap: StoredBitmap) -> Iterator[Finding]:
     if census.reaches_outside(offset, length):
         text = f"the table of bitmap '{bitmap.name}' ({length} bytes at {offset:#x}) lies outside the file"
         where = Location("bitmap table", offset, bitmap=bitmap.name)
-        yield found("bitmap-table-outside", text, where, qemu=qemu, offset=offset, size=length)
+        silent = view.in_qemu(offset + length) if qemu is None else qemu
+        yield found("bitmap-table-outside", text, where, qemu=silent, offset=offset, size=length)
     elif attached:
         census.add(Use.BITMAP, offset, length)
     table = _read(view, bitmap)

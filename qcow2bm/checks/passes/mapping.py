@@ -89,7 +89,7 @@ def _root(view: View, root: Root, suspects: Suspects, done: set[int]) -> Iterato
         code = "l1-outside" if root.snapshot is None else "snapshot-l1-outside"
         text = f"the {table} ({8 * root.entries} bytes at {root.offset:#x}) lies outside the file"
         unreadable = root.snapshot is not None and not view.geometry.may_start(root.offset, 8 * root.entries)
-        qemu = InQemu.FAILS if unreadable else None
+        qemu = InQemu.FAILS if unreadable else view.in_qemu(root.offset + 8 * root.entries)
         yield found(code, text, where, qemu=qemu, offset=root.offset, size=8 * root.entries)
     entries = view.read_l1(root)
     if not entries:
@@ -223,7 +223,7 @@ def _l2_entry(view: View, entry: L2Entry, where: Location, visits: int) -> Itera
         return
     code, what = ("compressed-outside", "compressed") if entry.is_compressed else ("data-outside", "data")
     text = f"a {what} cluster ({reach[1]} bytes at {reach[0]:#x}) lies outside the file"
-    yield found(code, text, where, count=visits, offset=reach[0], size=reach[1])
+    yield found(code, text, where, count=visits, qemu=view.in_qemu(sum(reach)), offset=reach[0], size=reach[1])
 
 
 def past_end(view: View) -> Iterator[Finding]:
@@ -285,18 +285,16 @@ def _out_of_place(view: View, offset: int, start: int) -> Iterator[Finding]:
 
 def structures(view: View) -> Iterator[Finding]:
     """Snapshot table, refcount table and encryption header as clusters in use."""
-    header, census = view.header, view.census
-    if not census.add(Use.STRUCTURE, header.snapshots_offset, view.snapshots_length):
-        text = f"the snapshot table ({view.snapshots_length} bytes at {header.snapshots_offset:#x}) is outside the file"
-        place = Location("snapshot table", header.snapshots_offset)
-        yield found("snapshot-table-outside", text, place, offset=header.snapshots_offset, size=view.snapshots_length)
-    length = 8 * len(view.stored.table)
-    if not census.add(Use.STRUCTURE, header.refcount_table_offset, length):
-        text = f"the refcount table ({length} bytes at {header.refcount_table_offset:#x}) lies outside the file"
-        place = Location("refcount table", header.refcount_table_offset)
-        yield found("refcount-table-outside", text, place, offset=header.refcount_table_offset, size=length)
-    pointer = view.crypto_header
-    if pointer is not None and not census.add(Use.STRUCTURE, pointer.offset, pointer.length):
-        text = f"the encryption header ({pointer.length} bytes at {pointer.offset:#x}) lies outside the file"
-        place = Location("encryption header", pointer.offset)
-        yield found("encryption-header-outside", text, place, offset=pointer.offset, size=pointer.length)
+    header, pointer = view.header, view.crypto_header
+    places = [
+        ("snapshot table", header.snapshots_offset, view.snapshots_length),
+        ("refcount table", header.refcount_table_offset, 8 * len(view.stored.table)),
+    ]
+    if pointer is not None:
+        places.append(("encryption header", pointer.offset, pointer.length))
+    for structure, offset, length in places:
+        if not view.census.add(Use.STRUCTURE, offset, length):
+            code = f"{structure.replace(' ', '-')}-outside"
+            text = f"the {structure} ({length} bytes at {offset:#x}) lies outside the file"
+            qemu = view.in_qemu(offset + length)
+            yield found(code, text, Location(structure, offset), qemu=qemu, offset=offset, size=length)
