@@ -74,12 +74,13 @@ def test_a_full_block_that_many_entries_name_is_read_once(tmp_path: Path, monkey
         assert read == [0, entries]
 
 
-def test_past_the_end_of_the_file_one_cluster_of_the_image_reads_as_zeroes(tmp_path: Path) -> None:
+def test_what_a_cluster_lacks_at_the_end_of_the_file_reads_as_zeroes_and_no_cluster_behind_it(tmp_path: Path) -> None:
     with Qcow2Image.open(tiny(tmp_path)) as opened:
         file = opened.file
-        assert file.read_at(file.size - 1, 1 + CLUSTER)[1:] == bytes(CLUSTER)
-        with pytest.raises(TruncatedImageError):
-            file.read_at(file.size - 1, 2 + CLUSTER)
+        assert file.read_at(file.size - 1, CLUSTER)[1:] == bytes(CLUSTER - 1)
+        for offset, length in ((file.size - 1, CLUSTER + 1), (file.size - CLUSTER, CLUSTER + 1), (file.size, 1)):
+            with pytest.raises(TruncatedImageError):
+                file.read_at(offset, length)
 
 
 def test_single_clusters_go_into_the_lowest_holes(allocator: tuple[Allocator, int]) -> None:
