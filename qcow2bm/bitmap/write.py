@@ -52,7 +52,7 @@ def plan_changes(
     """
     writer = _Writer(Change(image), directory)
     entries = [writer.entry(bitmap) for bitmap in wanted]
-    if entries == [stored.entry for stored in directory.bitmaps]:
+    if _are_stored(wanted, entries, directory):
         return no_change(image, summary)
     kept = {id(bitmap.stored) for bitmap in wanted}
     for stored in directory.bitmaps:
@@ -82,7 +82,7 @@ def replace_directory(
     assert directory.extension is not None
     assert directory.pointer is not None
     may_stay = not writer.must_move(directory.pointer.bitmap_directory_offset)
-    if entries == [stored.entry for stored in directory.bitmaps] and may_stay:
+    if _are_stored(wanted, entries, directory) and may_stay:
         return None
     return directory.extension.data_offset, writer.renewed_directory(entries)
 
@@ -120,9 +120,9 @@ class _Writer:
         old_bits = self._reusable_bits(stored)
         if bitmap.bits is old_bits:
             return entry
-        table = self._table(bitmap.bits, old_bits, stored, decode_name(bitmap.name))
+        table, is_new = self._table(bitmap.bits, old_bits, stored, decode_name(bitmap.name))
         if stored is not None:
-            if table == stored.table and not self.must_move(stored.entry.bitmap_table_offset):
+            if not is_new and not self.must_move(stored.entry.bitmap_table_offset):
                 return entry
             self.change.free(stored.entry.bitmap_table_offset, 8 * len(stored.table))
         offset = self.change.put(table_bytes(table), f"table of bitmap '{decode_name(bitmap.name)}'")
@@ -139,41 +139,48 @@ class _Writer:
         fitting = self.change.image.geometry.bitmap_table_entries(stored.granularity)
         return stored.bits if len(stored.table) == fitting else None
 
-    def _table(self, bits: BitVector, old_bits: BitVector | None, stored: StoredBitmap | None, name: str) -> array[int]:
-        """A bitmap's new table.
+    def _table(
+        self, bits: BitVector, old_bits: BitVector | None, stored: StoredBitmap | None, name: str
+    ) -> tuple[array[int], bool]:
+        """A bitmap's new table, and whether it says anything else than the old one.
 
-        Unchanged chunks keep their clusters, new ones get free clusters, replaced ones are given back.
+        Unchanged chunks keep their clusters, new ones get free clusters, replaced ones are given back. Where refcounts
+        lie a new cluster may be the very one that the old entry names: equal entries do not mean equal bits.
         """
         old_table = stored.table if stored is not None else array("Q")
         table = array("Q", bytes(8 * len(bits.chunks)))
         cluster_size = self.change.image.geometry.cluster_size
+        is_new = len(table) != len(old_table)
         for index in range(max(len(table), len(old_table))):
             old = old_table[index] if index < len(old_table) else 0
             if index < len(table):
-                table[index] = self._entry_of(bits, old_bits, index, old, name)
-                if table[index] == old:
+                entry = self._entry_of(bits, old_bits, index, old, name)
+                table[index] = old if entry is None else entry
+                if entry is None:
                     continue
+            is_new = True
             if BitmapTableEntry(old).offset:
                 self.change.free(BitmapTableEntry(old).offset, cluster_size)
-        return table
+        return table, is_new
 
-    def _entry_of(self, bits: BitVector, old_bits: BitVector | None, index: int, old: int, name: str) -> int:
-        """What the new table says of a chunk, `old` being what the old one did."""
+    def _entry_of(self, bits: BitVector, old_bits: BitVector | None, index: int, old: int, name: str) -> int | None:
+        """What the new table says of a chunk, `old` being what the old one did; None if that stays."""
         if self.must_move(BitmapTableEntry(old).offset):
             old_bits = None
         same_shape = old_bits is None or old_bits.length == bits.length
         if old_bits is not None and index < len(old_bits.chunks):
             stored = old_bits.chunks[index]
             if bits.chunks[index] is stored and bits.valid_bits(index) == old_bits.valid_bits(index):
-                return old
+                return None
             # Where the disk ends elsewhere a cluster can stay if all of it is right: its old tail may be none now.
             if not same_shape and bits.read(index) == stored.read(0, bits.chunk_bytes):
-                return old
+                return None
         chunk = bits.settle(index, old_bits if same_shape else None)
         if same_shape and old_bits is not None and chunk is old_bits.chunks[index]:
-            return old
+            return None
         if chunk is ZEROES or chunk is ONES:
-            return ALL_ONES if chunk is ONES else 0
+            entry = ALL_ONES if chunk is ONES else 0
+            return None if entry == old else entry
         return self.change.put_run(1, partial(_chunk_bytes, bits, index), f"data of bitmap '{name}', chunk {index}")
 
     def free_bitmap(self, stored: StoredBitmap) -> None:
@@ -238,6 +245,14 @@ class _Writer:
         start, stop = differing[0], differing[-1] + 1
         write = Write.replace(offset + start, old[start:stop], directory[start:stop], "bitmap directory entry")
         return write if fits_a_sector([write]) else None
+
+
+def _are_stored(wanted: Sequence[Wanted], entries: list[BitmapEntry], directory: BitmapDirectory) -> bool:
+    """True if nothing is new: each bitmap comes from the stored one in its place, and says what that says."""
+    return len(entries) == len(directory.bitmaps) and all(
+        bitmap.stored is stored and entry == stored.entry
+        for bitmap, entry, stored in zip(wanted, entries, directory.bitmaps, strict=True)
+    )
 
 
 def _built(entries: Sequence[BitmapEntry]) -> bytes:

@@ -31,6 +31,7 @@ class Change:
         self._refcounts = Refcounts(image)
         self._allocator = Allocator(image, self._refcounts)
         self._fresh: list[Write] = []
+        self._relied: set[int] = set()
 
     def put(self, data: bytes, purpose: str) -> int:
         """Write `data` into free clusters, the last filled up with zeroes; returns their offset.
@@ -57,6 +58,11 @@ class Change:
     def free(self, offset: int, length: int) -> None:
         """Give back the clusters that hold `length` bytes at `offset`; raises ProofError unless each has refcount 1."""
         self._allocator.free(offset, length)
+
+    def rely_on(self, offset: int, length: int) -> None:
+        """Let the proof look also at clusters that the change leaves alone: they must have one owner."""
+        geometry = self.image.geometry
+        self._relied.update(range(geometry.cluster_of(offset), geometry.cluster_of(offset + length - 1) + 1))
 
     def refcount(self, offset: int) -> int:
         """The refcount of the cluster at `offset`, as it is on disk."""
@@ -99,7 +105,7 @@ class Change:
             freed=frozenset(self._allocator.freed),
             summary=summary,
         )
-        prove(self.image, plan, others, self._refcounts)
+        prove(self.image, plan, others, self._refcounts, self._relied)
         return plan
 
     def trimmed(self, plan: Plan) -> Plan:

@@ -2,13 +2,14 @@
 
 A refcount may lie. A bitmap table entry that points at a guest's data cluster makes QEMU overwrite the guest's
 data. So before a plan is carried out, everything that refers to the clusters it writes or frees is looked up in the
-mapping itself: a cluster to be filled must have no reference at all, one that is rewritten or freed exactly one.
+mapping itself: a cluster to be filled must have no reference at all, one that is rewritten or freed exactly one,
+and so must the refcount blocks that count them.
 The walk reads L1 and L2 tables, never guest data, and looks at the few clusters concerned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 
 from ..errors import RUN_CHECK, ProofError
@@ -24,23 +25,41 @@ _SMALL = 1 << 17
 """Mapping entries up to which plain Python is faster than loading numpy."""
 
 
-def prove(image: Qcow2Image, plan: Plan, others: Iterable[Reference], refcounts: Refcounts) -> None:
+def prove(
+    image: Qcow2Image,
+    plan: Plan,
+    others: Iterable[Reference],
+    refcounts: Refcounts,
+    relied: Collection[int] = (),
+) -> None:
     """Check that a plan may be carried out.
 
     Args:
         others: what refers to clusters apart from header, mapping, snapshots and refcounts: the bitmaps.
+        relied: clusters that the plan leaves alone and that must have one owner as well.
 
     Raises:
         ProofError: a cluster has other references than the plan takes for granted. Nothing has been written.
         CorruptImageError: a mapping table cannot be read, so nothing can be proved.
     """
-    expected = expected_references(image, plan)
+    expected = dict.fromkeys(relied, 1) | expected_references(image, plan)
+    for cluster in _counting(image, expected, refcounts):
+        expected.setdefault(cluster, 1)
     owners: dict[int, list[str]] = {cluster: [] for cluster in expected}
     for cluster, owner in find_references(image, expected, others, refcounts):
         owners[cluster].append(owner)
     for cluster, count in sorted(expected.items()):
         if len(owners[cluster]) != count:
             raise ProofError(_explain(image, cluster, owners[cluster], count), hint=RUN_CHECK)
+        if count and refcounts.get(cluster) != 1:  # it has one owner, so refcounts lie, and who knows where else
+            raise ProofError(_lie(image, cluster, refcounts.get(cluster)), hint=RUN_CHECK)
+
+
+def _counting(image: Qcow2Image, clusters: Iterable[int], refcounts: Refcounts) -> Iterator[int]:
+    """The refcount blocks that count some clusters: what else uses one of them, refcounts cannot be true."""
+    for index in {cluster // image.geometry.refcounts_per_block for cluster in clusters}:
+        if refcounts.block_offset(index):
+            yield image.geometry.cluster_of(refcounts.block_offset(index))
 
 
 def expected_references(image: Qcow2Image, plan: Plan) -> dict[int, int]:
@@ -118,6 +137,10 @@ def _scan_bulk(image: Qcow2Image, tables: dict[int, int], wanted: dict[int, int]
 def _guest_owner(image: Qcow2Image, l1_index: int, l2_index: int) -> str:
     guest = l1_index * image.geometry.l2_span + l2_index * image.geometry.cluster_size
     return f"guest data at {guest:#x}"
+
+
+def _lie(image: Qcow2Image, cluster: int, refcount: int) -> str:
+    return f"the cluster at {image.geometry.offset_of(cluster):#x} has refcount {refcount} instead of 1"
 
 
 def _explain(image: Qcow2Image, cluster: int, owners: list[str], count: int) -> str:

@@ -145,6 +145,10 @@ class _Resize:
         l1_table = mapping.put()
         bitmaps = sized_bitmaps(self._directory, self._sizes, tail)
         pointer = replace_directory(self._change, self._directory, bitmaps) if bitmaps else None
+        stays = self._directory.pointer
+        if stays is not None and self._directory.attached and pointer is None:
+            # QEMU writes to it as it opens the image, and refuses to where it lies on another table.
+            self._change.rely_on(stays.bitmap_directory_offset, stays.bitmap_directory_size)
         if mapping.dropped:
             self._change.lower(mapping.dropped)
         plan = self._change.plan(
