@@ -266,6 +266,16 @@ _ROWS = (
         "restore the LUKS header from a copy of it",
         hides=True,
     ),
+    Problem(
+        "encryption-header-damaged", _CORRUPTION, _NONE, _REFUSES, "damaged encryption header, or cut short",
+        _NO_START + ", with any key or with one of them; without the encryption header no data can be decrypted",
+        (
+            "run no `qemu-img check -r`, which frees what the image no longer names of the header; if key material is "
+            "cut off correct the length (`qcow2bm dump --structure extensions` shows where it is), else restore the "
+            "LUKS header from a copy of it"
+        ),
+        hides=True,
+    ),
     # external data file
     Problem(
         "data-file-name-missing", _WARNING, _NONE, _REFUSES, "external data file without a name",

@@ -42,7 +42,7 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
     (Remedy("nothing: which of the two counts depends on the program that wrote them"), "extension-duplicate"),
     (
         Remedy("nothing: the encryption header is in no other place of the image"),
-        "encryption-header-outside encryption-header-magic",
+        "encryption-header-outside encryption-header-magic encryption-header-damaged",
     ),
     (Remedy("nothing: the name of the data file is in no other place of the image"), "data-file-name-missing"),
     (Remedy("nothing: it may be the last trace of a data file that was lost"), "data-file-name-unused"),

@@ -20,6 +20,7 @@ from ..format.entries import COPIED
 from ..format.extensions import BitmapsExtension, ExtensionType, parse_feature_names
 from ..format.header import KNOWN_INCOMPATIBLE, V3_LENGTH
 from ..format.limits import MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_FILE_SIZE, MAX_L1_ENTRIES, MAX_SNAPSHOTS
+from ..format.opening import luks_faults
 from ..format.text import decode_name
 from .qemu_totals import Totals
 
@@ -89,6 +90,11 @@ def _crypto_length(_: Finding, seen: Inspection) -> str:
     extension = _view(seen).image.extensions.find(ExtensionType.CRYPTO_HEADER)
     size = len(extension.data) if extension is not None else 0
     return f"CRYPTO header extension size {size}, but expected size 16"
+
+
+def _luks(_: Finding, seen: Inspection) -> str:
+    view = _view(seen)
+    return next(luks_faults(view.image.extensions, view.file.read_padded)).in_qemu
 
 
 def _view(seen: Inspection) -> View:
@@ -213,7 +219,8 @@ REFUSALS: dict[str, Refusal] = {
         f"'{seen.header.geometry.cluster_size}'"
     ),
     "encryption-header-size": _says("Request for data outside of extension header"),
-    "encryption-header-magic": _says("Volume is not in LUKS format"),
+    "encryption-header-magic": _luks,
+    "encryption-header-damaged": _luks,
     "bitmaps-extension-length": _says("bitmaps_ext: Invalid extension length"),
     "bitmaps-extension-reserved": _says("bitmaps_ext: Reserved field is not zero"),
     "bitmaps-count": _bitmaps_count,

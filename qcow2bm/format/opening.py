@@ -8,7 +8,7 @@ write to an image that has one: QEMU would not open it afterwards either, and da
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import CorruptImageError
 from .extensions import BitmapsExtension, CryptoHeaderPointer, Extension, ExtensionArea, ExtensionType
@@ -16,11 +16,13 @@ from .faults import Fault
 from .header import Autoclear, Header, field_offset
 from .limits import MAX_ENCRYPTION_HEADER
 
+if TYPE_CHECKING:
+    from .luks import LuksFault
+
 _MAX_FORMAT_NAME = 15
 """Bytes of a backing format's name that QEMU has room for."""
 _LUKS_LENGTH = 592
 """Bytes of a LUKS header without its key material."""
-_LUKS_MAGIC = b"LUKS\xba\xbe"
 
 
 class OpeningFault(NamedTuple):
@@ -72,7 +74,7 @@ def _length_faults(area: ExtensionArea) -> Iterator[OpeningFault]:
 def _encryption_faults(
     header: Header, extension: Extension | None, read: Callable[[int, int], bytes]
 ) -> Iterator[OpeningFault]:
-    """The pointer to the LUKS header, and its first bytes."""
+    """The pointer to the LUKS header, and what that says."""
     luks = header.encrypts_by_place
     if extension is None:
         if luks:
@@ -98,6 +100,27 @@ def _encryption_faults(
     elif pointer.length > MAX_ENCRYPTION_HEADER:
         text = f"the encryption header has {pointer.length} bytes, which nobody would write"
         yield OpeningFault(Fault("encryption-header-size", text), at, pointer.length)
-    elif read(pointer.offset, len(_LUKS_MAGIC)) != _LUKS_MAGIC:
+    else:
+        for code, found in _luks_faults(pointer, read):
+            yield OpeningFault(Fault(code, found.message), at, pointer.offset)
+
+
+def luks_faults(area: ExtensionArea, read: Callable[[int, int], bytes]) -> Iterator[LuksFault]:
+    """What is wrong with the LUKS header of an image whose pointer to it is sound."""
+    extension = area.find(ExtensionType.CRYPTO_HEADER)
+    if extension is not None:
+        for _, found in _luks_faults(CryptoHeaderPointer.parse(extension.data), read):
+            yield found
+
+
+def _luks_faults(pointer: CryptoHeaderPointer, read: Callable[[int, int], bytes]) -> Iterator[tuple[str, LuksFault]]:
+    """The same with the problems' codes."""
+    from .luks import LUKS_LENGTH, MAGIC, LuksFault, LuksHeader  # few images are encrypted
+
+    data = read(pointer.offset, LUKS_LENGTH)
+    if not data.startswith(MAGIC):
         text = f"there is no LUKS header at {pointer.offset:#x}"
-        yield OpeningFault(Fault("encryption-header-magic", text), at, pointer.offset)
+        yield "encryption-header-magic", LuksFault(text, "Volume is not in LUKS format")
+        return
+    for found in LuksHeader.parse(data).faults(pointer.length):
+        yield "encryption-header-damaged", found

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import qcow2bm
 from qcow2bm.__main__ import main
-from qcow2bm.errors import ProofError
 from tests.support.qemu import qemu_img, qemu_io
 from tests.support.raw import OFFSET, Raw
 
@@ -78,18 +76,3 @@ def test_qemu_does_not_write_to_an_image_whose_directory_counts_clusters(tmp_pat
     """Why such an edit must not pass for done: the VM does not start."""
     image = damaged(tmp_path, "directory")
     assert "Can't update bitmap directory" in qemu_io(image, "length", check=False).stderr
-
-
-def test_a_bitmap_that_is_made_anew_in_its_own_cluster_is_another_one(tmp_path: Path) -> None:
-    """Its table looks free, so the new one would be where the old one is, and all entries the same."""
-    image = tmp_path / "image.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
-    qemu_img("bitmap", "--add", image, "daily")
-    qemu_io(image, "write -P 1 0 64k")
-    raw = Raw.load(image)
-    for place in (raw.tables()["daily"][0], raw.number(raw.bitmap_data("daily")[0]) & OFFSET):
-        raw.set_refcount(place, 0)
-    raw.save(image)
-    with qcow2bm.open(image, writable=True) as opened, pytest.raises(ProofError), opened.edit() as draft:
-        draft.remove("daily")
-        draft.add("daily")
