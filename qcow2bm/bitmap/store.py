@@ -368,7 +368,9 @@ class BitmapDirectory:
     def require_undamaged(self) -> None:
         """Raise BitmapBrokenError if the directory as a whole breaks the format."""
         if self.damage is not None:
-            raise BitmapBrokenError(f"the bitmap directory is damaged: {self.damage}", hint="nothing was changed")
+            raise BitmapBrokenError(
+                f"the bitmap directory is damaged: {self.damage}", hint="`qcow2bm repair` says what can be done"
+            )
 
     def references(self, bitmaps: Iterable[StoredBitmap] | None = None) -> Iterator[Reference]:
         """The host ranges that the directory, the tables and their entries take: of all bitmaps, or of some."""

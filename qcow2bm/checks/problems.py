@@ -47,8 +47,8 @@ _QUARANTINE = (
     "with a full backup"
 )
 _VOID = (
-    "before anything else writes to the image, `qcow2bm repair IMAGE --only bitmaps` takes this bitmap out: a VM or "
-    "`qemu-img check -r` turns it into a sound one that says clean; take a full backup next"
+    "start no VM and run no `qemu-img check -r`; `qcow2bm repair IMAGE --only bitmaps` takes this bitmap out; "
+    "take a full backup next"
 )
 _FIND_FIRST = (
     "change nothing and run no `qemu-img check -r`; copy the image: what this pointed to is probably still in the file"
@@ -614,9 +614,13 @@ _ROWS = (
     ),
     # extension and directory of bitmaps
     Problem(
-        "bitmaps-extension-missing", _BITMAP, _LOSSLESS, _SILENT, "bitmaps are announced, but there are none",
-        "the bitmaps are lost; the disk is not concerned",
-        "start a new bitmap with a full backup; `qcow2bm repair IMAGE` clears the flag, as the next writer would",
+        "bitmaps-extension-missing", _CORRUPTION, _LOSSLESS, _SILENT, "bitmaps are announced, but there are none",
+        (
+            "QEMU takes its writes for such to a bitmap directory: the first one that needs a new cluster fails, and "
+            "QEMU marks the image corrupt; the disk is there still, but bitmaps that there were are lost"
+        ),
+        "start no VM; `qcow2bm repair IMAGE` clears the flag, which loses nothing; then take a full backup with a new "
+        "bitmap",
     ),
     Problem(
         "bitmaps-extension-length", _BITMAP, _LOSSLESS, _REFUSES, "bitmaps extension of the wrong length",
@@ -717,15 +721,22 @@ _ROWS = (
     ),
     # table and data of bitmaps
     Problem(
-        "bitmap-table-outside", _BITMAP, _LOSSLESS, _COUNTS, "bitmap table outside the file",
-        "the bitmap reads as clean: the next incremental backup would miss what it held",
+        "bitmap-table-outside", _CORRUPTION, _LOSSLESS, _COUNTS, "bitmap table outside the file",
+        (
+            "as the file grows guest data comes to lie there, and QEMU frees it when it closes the image; and the "
+            "bitmap reads as clean: the next incremental backup would miss what it held"
+        ),
         _VOID,
         hides=True,
     ),
     Problem(
-        "bitmap-tables-excessive", _BITMAP, _LOSSLESS, _SILENT, "bitmap tables larger than the file that holds them",
-        "the tables overlap each other; the rest of them could not be checked",
-        _QUARANTINE,
+        "bitmap-tables-excessive", _CORRUPTION, _LOSSLESS, _SILENT,
+        "bitmap tables larger than the file that holds them",
+        (
+            "the tables overlap each other, or what comes after the file's end; the rest of them could not be checked, "
+            "and QEMU frees what bitmaps name whenever it closes the image"
+        ),
+        "start no VM; `qcow2bm repair IMAGE --only bitmaps` takes these bitmaps out; take a full backup next",
         hides=True,
     ),
     Problem(
@@ -748,8 +759,11 @@ _ROWS = (
         hides=True,
     ),
     Problem(
-        "bitmap-data-outside", _BITMAP, _LOSSLESS, _COUNTS, "bitmap data outside the file",
-        "those bits read as clean: the next incremental backup would miss what they held",
+        "bitmap-data-outside", _CORRUPTION, _LOSSLESS, _COUNTS, "bitmap data outside the file",
+        (
+            "as the file grows guest data comes to lie there, and QEMU frees it when it closes the image; and those "
+            "bits read as clean: the next incremental backup would miss what they held"
+        ),
         _VOID,
         hides=True,
     ),

@@ -184,7 +184,7 @@ _ROWS: tuple[tuple[Remedy, str], ...] = (
         "metadata-overlap",
     ),
     # extension and directory of bitmaps
-    (Remedy("the autoclear bit is cleared, as the next writer would"), "bitmaps-extension-missing"),
+    (Remedy("the autoclear bit is cleared: it vouches for nothing"), "bitmaps-extension-missing"),
     (Remedy("the field is set to zero, and every bitmap stays as it is"), "bitmaps-extension-reserved"),
     (
         Remedy(
