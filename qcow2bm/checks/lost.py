@@ -149,6 +149,24 @@ def bitmap_places(view: View, entry: BitmapEntry) -> Iterator[tuple[int, int]]:
                 yield offset, view.geometry.cluster_size
 
 
+def holds_bitmap_table(view: View, leaked: Leaked, entries: int) -> bool:
+    """True if a leaked cluster may be where a bitmap table of so many entries begins: all sound, and not all zero."""
+    size = min(8 * entries, _TABLE_PIECE)
+    for cluster in islice(leaked, LOOKED_AT):
+        values = [
+            value for value in table_entries(view.file.read_padded(view.geometry.offset_of(cluster), size)) if value
+        ]
+        if values and all(_may_be_entry(view, leaked, BitmapTableEntry(value)) for value in values):
+            return True
+    return False
+
+
+def _may_be_entry(view: View, leaked: Leaked, entry: BitmapTableEntry) -> bool:
+    if entry.fault(view.geometry) is not None:
+        return False
+    return not entry.offset or view.geometry.cluster_of(entry.offset) in leaked
+
+
 def lost_tables(view: View, leaked: Leaked) -> Iterator[tuple[int, list[int]]]:
     """The L1 and L2 tables among the leaked clusters, each with the leaked clusters that it refers to.
 

@@ -119,6 +119,10 @@ class ImageFile:
         """Bytes that the file takes on the disk, of a device all: what it can hold, whatever its size claims."""
         return self.size if self.is_device else os.fstat(self.fd).st_blocks * 512
 
+    def measure(self) -> None:
+        """Look how long the file is now."""
+        self.size = os.lseek(self.fd, 0, os.SEEK_END)
+
     def close(self) -> None:
         """Close the file, which also drops its locks."""
         if self.fd >= 0:

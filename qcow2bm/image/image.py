@@ -205,6 +205,7 @@ def take_locks(file: ImageFile, *, writable: bool, force_share: bool) -> bool:
         if writable:
             raise
         return False
+    file.measure()  # somebody may have made it longer since it was opened
     return True
 
 

@@ -16,8 +16,9 @@ from ..checks.doubts import has_wrong_pointers
 from ..checks.lost import Leaked
 from ..checks.model import Finding, RepairClass
 from ..checks.stored import StoredRefcounts
+from ..checks.view import Root, View
 from ..errors import NoSpaceError
-from ..format.entries import refcount_block_offset, set_refcount, table_bytes
+from ..format.entries import l1_offset, refcount_block_offset, set_refcount, table_bytes
 from ..format.geometry import Geometry, div_up, runs
 from ..format.header import REFCOUNT_TABLE_FIELDS
 from ..format.limits import MAX_REFCOUNT_TABLE_BYTES
@@ -101,17 +102,27 @@ def raised(shop: Workshop) -> Iterator[Proposal]:
 
 
 def _doubtful_tables(shop: Workshop) -> set[int]:
-    """Clusters of L1 tables that nobody counts, where pointers to them may be wrong."""
+    """Clusters of L1 tables that nobody counts, where the pointer may be wrong: none of the tables they name is counted.
+
+    An L1 table that names one that is counted is vouched for by that.
+    """
     view = shop.seen
     if not has_wrong_pointers(view):
         return set()
     uncounted, geometry = Leaked(view.uncounted), view.geometry
-    places = {(root.offset, root.entries) for root in view.roots if root.fault is None}
+    places: dict[tuple[int, int], Root] = {}
+    for root in view.roots:
+        if root.fault is None and (root.offset, root.entries) not in places and not _is_vouched_for(view, root):
+            places[root.offset, root.entries] = root
     return {
         cluster
         for offset, entries in places
         for cluster in uncounted.within(geometry.cluster_of(offset), geometry.clusters(offset + 8 * entries))
     } - shop.taken
+
+
+def _is_vouched_for(view: View, root: Root) -> bool:
+    return any(view.stored.get(view.geometry.cluster_of(l1_offset(entry))) for entry in view.read_l1(root) if entry)
 
 
 def _held(shop: Workshop) -> Iterator[_Run]:

@@ -12,7 +12,6 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -102,7 +101,8 @@ class Word:
 def _ask(
     image: Path, secret: str | None, *tool: str, into: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str] | None:
-    copy = Path(shutil.copy(image, image.with_name("copy.qcow2")))
+    copy = image.with_name("copy.qcow2")
+    subprocess.run(["cp", "--sparse=always", image, copy], check=True)  # what QEMU writes may lie far out
     opening, name = open_arguments(copy, secret)
     limits = ("prlimit", "--core=0", f"--as={8 << 30}", f"--fsize={1 << 30}")
     try:

@@ -26,9 +26,10 @@ from qcow2bm.errors import (
     LockingUnavailableError,
     UsageError,
 )
+from qcow2bm.image import lock
 from qcow2bm.image.file import ImageFile
 from tests.support.daemon import connect, spawn
-from tests.support.qemu import QemuError, StorageDaemon, bitmap_info, qemu_img, qemu_io, read_bitmaps, run
+from tests.support.qemu import QemuError, StorageDaemon, bitmap_info, check, qemu_img, qemu_io, read_bitmaps, run
 
 KIB, MIB = 1 << 10, 1 << 20
 ROUNDS = 60
@@ -317,6 +318,28 @@ def test_two_writers_never_both_win(image: Path) -> None:
     assert len(bitmap_info(image)) == 1 + 2 * ROUNDS
     assert all(ranges == [(MIB, 64 * KIB)] for ranges in read_bitmaps(image).values())
     qemu_img("check", image)
+
+
+def test_what_a_writer_has_done_before_the_next_one_has_its_locks_is_seen(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is longer than it was when it was opened: a change would be cut off again, if the next one failed."""
+    acquire, size = lock.acquire, image.stat().st_size
+
+    def come_second(fd: int, mode: lock.LockMode) -> None:
+        monkeypatch.undo()
+        qemu_img("bitmap", "--add", "-g", "512", image, "first")
+        qemu_io(image, "write -P 9 32M 1M")
+        acquire(fd, mode)
+
+    monkeypatch.setattr(lock, "acquire", come_second)
+    with qcow2bm.open(image, writable=True) as opened:
+        assert opened.qcow2.file.size == image.stat().st_size > size
+        with opened.edit() as edit:
+            edit.add("second")
+    assert {"first", "second"} <= {bitmap["name"] for bitmap in bitmap_info(image)}
+    assert check(image)["returncode"] == 0
+    qemu_io(image, "read -P 9 32M 1M")
 
 
 def test_two_of_us_in_one_process(image: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from heapq import merge
 from operator import attrgetter
 from typing import NamedTuple
 
+from ...bitmap.store import StoredBitmap
+from ...format.entries import OFFSET_MASK
 from ...format.geometry import runs
 from ...format.text import decode_name
+from ...image.references import Reference
 from ..census import Mismatch
 from ..clusters import mismatch
 from ..doubts import has_wrong_pointers, header_doubt, leak_doubt
-from ..lost import Leaked, bitmap_places, lost_directories, lost_tables
+from ..lost import Leaked, bitmap_places, holds_bitmap_table, lost_directories, lost_tables
 from ..model import Finding, Location
 from ..problems import found
 from ..view import View
@@ -59,9 +63,11 @@ def _misplaced(view: View) -> Iterator[Finding]:
     if not has_wrong_pointers(view) or not view.directory.attached:
         return
     uncounted, left = Leaked(view.uncounted), _OWNED
+    leaked = Leaked(sorted((*view.leaks, *view.overcounted), key=attrgetter("first")))
+    lost = cache(partial(holds_bitmap_table, view, leaked))
     tables = {bitmap.entry.bitmap_table_offset: bitmap for bitmap in view.bitmaps}
     for bitmap in tables.values():
-        for reference in bitmap.references():
+        for reference in _doubtful(view, bitmap, lost):
             if view.census.reaches_outside(reference.offset, reference.length) or left <= 0:
                 continue
             first, last = (view.geometry.cluster_of(reference.offset + at) for at in (0, reference.length - 1))
@@ -72,6 +78,21 @@ def _misplaced(view: View) -> Iterator[Finding]:
                 text = f"{what} at {offset:#x}: {reference.owner}, and counted by nobody"
                 where = Location("cluster", offset, bitmap=bitmap.name)
                 yield found("bitmap-clusters-uncounted", text, where, count=count, first=start)
+
+
+def _doubtful(view: View, bitmap: StoredBitmap, is_lost: Callable[[int], bool]) -> Iterator[Reference]:
+    """The data of a bitmap, and the table if nothing vouches for it.
+
+    A table that names data which is counted is the right one. If it names none, another one must be among the leaked
+    clusters for it to be the wrong one.
+    """
+    if bitmap.fault is not None:
+        return
+    table, *data = bitmap.references()
+    clusters = (view.geometry.cluster_of(offset) for value in bitmap.table if (offset := value & OFFSET_MASK))
+    if not any(map(view.stored.get, clusters)) and is_lost(bitmap.entry.bitmap_table_size):
+        yield table
+    yield from data
 
 
 def _weigh(view: View, leaked: Leaked, owned: _Owned) -> None:
