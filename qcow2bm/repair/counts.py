@@ -102,9 +102,9 @@ def raised(shop: Workshop) -> Iterator[Proposal]:
 
 
 def _doubtful_tables(shop: Workshop) -> set[int]:
-    """Clusters of L1 tables that nobody counts, where the pointer may be wrong: none of the tables they name is counted.
+    """Clusters of L1 tables that nobody counts, where the pointers to them may be wrong.
 
-    An L1 table that names one that is counted is vouched for by that.
+    An L1 table that names an L2 table which is counted is vouched for by that.
     """
     view = shop.seen
     if not has_wrong_pointers(view):
