@@ -12,8 +12,10 @@ import contextlib
 
 from ..errors import CorruptImageError, UndoError
 from ..format.entries import ClusterKind
+from ..format.geometry import round_up
 from ..image.file import ImageFile
-from ..image.mapping import runs
+from ..image.image import Qcow2Image
+from ..image.mapping import Run, runs
 from ..image.undo_reader import UndoReader
 from ..image.undo_standing import standing
 from .earlier import as_before
@@ -38,20 +40,38 @@ def require_harmless(undo: UndoReader, file: ImageFile) -> None:
 
 
 def _require_room(present: Inspection, before: Inspection) -> None:
-    """A guest may have written behind the end that the disk would have."""
+    """A guest may have written behind the end that the disk would have. Zeroes are nothing that could be lost."""
     if present.view is None or before.view is None:
         return
-    end = before.view.geometry.virtual_size
-    if end >= present.view.geometry.virtual_size:
+    end, image = before.view.geometry.virtual_size, present.view.image
+    if end >= image.geometry.virtual_size:
         return
     try:
-        written = (run for run in runs(present.view.image) if run.kind is not ClusterKind.UNALLOCATED)
-        last = next((run for run in written if run.guest_offset + run.length > end), None)
+        written = next((at for run in runs(image) if (at := _written(image, run, end)) is not None), None)
     except CorruptImageError:
         return  # what cannot be read has no data either
-    if last is not None:
-        at = max(last.guest_offset, end)
-        raise UndoError(f"the disk would end at {end} bytes again, and there is data at {at:#x}", hint=_HINT)
+    if written is not None:
+        raise UndoError(f"the disk would end at {end} bytes again, and there is data at {written:#x}", hint=_HINT)
+
+
+def _written(image: Qcow2Image, run: Run, end: int) -> int | None:
+    """Where a run holds data behind the end; None if it does not.
+
+    The cluster in which the disk would end was there before: what lies behind the end in it must be looked at. Where
+    that cannot be done, since it is encrypted, compressed or in another file, it passes for what it was.
+    """
+    stop, border = run.guest_offset + run.length, round_up(end, image.geometry.cluster_size)
+    if run.kind not in (ClusterKind.DATA, ClusterKind.COMPRESSED) or stop <= end:
+        return None
+    if stop > border:
+        return max(run.guest_offset, border)
+    if run.kind is ClusterKind.COMPRESSED:
+        return None
+    start = max(run.guest_offset, end)
+    if run.host_offset is None or image.header.has_data_file or image.header.crypt_method:
+        return None
+    tail = image.file.read_padded(run.host_offset + start - run.guest_offset, stop - start)
+    return start if any(tail) else None
 
 
 def _require_not_taken(undo: UndoReader, before: Inspection) -> None:

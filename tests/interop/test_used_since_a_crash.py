@@ -490,3 +490,31 @@ def test_an_older_undo_file_does_not_go_by_a_time_stamp_of_before_a_restart(
     assert main(["remove", str(image), names[1], "--undo", str(newer)]) == 0
     assert main(["undo", str(image), str(newer)]) == 0
     assert main(["undo", str(image), str(older)]) == 1
+
+
+@pytest.mark.parametrize("case", ["longer backing file", "end within a cluster", "end within a compressed cluster"])
+def test_room_that_nobody_has_written_to_is_given_back(tmp_path: Path, case: str) -> None:
+    """What lies behind the end was there before, or are the zeroes that hide a longer backing file."""
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    if case == "longer backing file":
+        (tmp_path / "base.raw").write_bytes(b"\1" * (16 << 20))
+        qemu_img("create", "-q", "-f", "qcow2", "-b", tmp_path / "base.raw", "-F", "raw", image, "8M")
+    else:
+        qemu_img("create", "-q", "-f", "qcow2", image, str((8 << 20) + 512))
+        qemu_io(image, f"write {'-c' if 'compressed' in case else ''} -P 1 8M 512")
+    before = image.read_bytes()
+    assert main(["resize", str(image), "12M", "--undo", str(undo)]) == 0
+    os.utime(image)
+    assert main(["undo", str(image), str(undo), "--force"]) == 0
+    assert image.read_bytes() == before
+
+
+def test_what_a_guest_has_written_in_the_last_cluster_behind_the_old_end_is_not_taken_from_it(tmp_path: Path) -> None:
+    image, undo = tmp_path / "image.qcow2", tmp_path / "undo"
+    qemu_img("create", "-q", "-f", "qcow2", image, str((8 << 20) + 512))
+    qemu_io(image, "write -P 1 8M 512")
+    assert main(["resize", str(image), "12M", "--undo", str(undo)]) == 0
+    qemu_io(image, f"write -P 2 {(8 << 20) + 4096} 512")
+    digest = guest_digest(image)
+    assert main(["undo", str(image), str(undo), "--force"]) == 1
+    assert guest_digest(image) == digest
