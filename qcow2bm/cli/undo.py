@@ -90,8 +90,8 @@ def undo(
 ) -> int:
     """Put back what a command changed: the image is then, byte for byte, what it was before.
 
-    Refused if the image has changed since. --force overrides a changed time stamp, not changed content. An external
-    data file is not part of it: it stays as it is.
+    Refused if the image has changed since, and if nothing tells, as after a restart of the machine. --force overrides
+    the time stamp, not changed content. An external data file is not part of it: it stays as it is.
 
     With --bitmap only one bitmap comes back, as a new one beside those there are: one that a repair took out of the
     image and put into its undo file (quarantine). It has its name, granularity, bits, and records as it did. If the

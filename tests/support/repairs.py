@@ -8,6 +8,7 @@ from pathlib import Path
 
 import qcow2bm
 from qcow2bm.checks.model import RepairClass
+from qcow2bm.checks.problems import NOT_ITS_OWN
 from qcow2bm.errors import Qcow2bmError
 
 CLASSES = (RepairClass.LOSSLESS, RepairClass.LOSSY, RepairClass.GUESS)
@@ -102,7 +103,7 @@ def look(image: Path, *, guest_concerned: bool = False, refused: str | None = No
     """An image as it is."""
     status = _run("qemu-img", "check", "-q", "-f", "qcow2", image)
     try:
-        doubtful = "bitmap-clusters-shared" in qcow2bm.check(image).counts
+        doubtful = not qcow2bm.check(image).counts.keys().isdisjoint(NOT_ITS_OWN)
     except Qcow2bmError:
         doubtful = False
     return Outcome(status, _data(image), _bitmaps(image), guest_concerned, refused, doubtful)

@@ -51,7 +51,7 @@ def leaks(view: View) -> Iterator[Finding]:
     if not view.blind:  # else any of them may be
         _add_lost_tables(view, leaked, owned)
         _weigh(view, leaked, owned)
-        yield from _misplaced(view)
+    yield from _misplaced(view)
     known = sorted(owned)
     for run in merge(view.leaks, view.overcounted, key=attrgetter("first")):
         for part, owner in _parts(run, owned, known):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache, partial
 from heapq import merge
 from typing import NamedTuple
 
@@ -144,6 +145,7 @@ def refcounts(view: View) -> Iterator[Finding]:
 
 
 def _compared(view: View) -> Iterator[Finding]:
+    per_block, counts_any = view.geometry.refcounts_per_block, cache(partial(_counts_any, view))
     for run in view.census.compare():
         if isinstance(run, Overlap):
             yield overlap(view, run)
@@ -156,9 +158,15 @@ def _compared(view: View) -> Iterator[Finding]:
             yield mismatch(view, run)
         else:
             view.undercounted += run.count
-            if not run.stored and len(view.uncounted) < _KEPT_LEAKS:
+            if not run.stored and len(view.uncounted) < _KEPT_LEAKS and counts_any(run.first // per_block):
                 view.uncounted.append(run)
             yield mismatch(view, run)
+
+
+def _counts_any(view: View, index: int) -> bool:
+    """False for a refcount block that counts nothing at all: it is lost, and says nothing of any cluster."""
+    block = view.stored.block(index)
+    return block is not None and block.count(0) < len(block)
 
 
 def _unreadable(view: View) -> Iterator[Finding]:
