@@ -25,7 +25,7 @@ from typing import NamedTuple, Self
 
 from construct import Int32ul, Int64sl, Int64ul, Struct
 
-from ..format.header import CLUSTER_BITS_FIELD
+from ..format.header import CLUSTER_BITS_FIELD, V2_LENGTH
 from ..format.limits import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS
 from .file import ImageFile
 from .plan import SECTOR
@@ -261,6 +261,6 @@ class Summary:
             return None
         found = dict(layout.parse(sector[start:end]))
         del found["_io"]
-        if not SECTOR <= found["size_before"] <= _MAX_SIZE or found["size_after"] > _MAX_SIZE:
+        if not V2_LENGTH <= found["size_before"] <= _MAX_SIZE or found["size_after"] > _MAX_SIZE:
             return None
         return cls(**found | {"state": State(found["state"]), "version": version})

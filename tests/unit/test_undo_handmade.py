@@ -232,3 +232,12 @@ def test_the_fixtures_here_are_believed_where_nothing_is_wrong(image: Path) -> N
     write(undo, summary(image, records=1), [record(0, 1024, b"\1" * 8, data[1024:1032])])
     qcow2bm.undo(image, undo)
     assert image.read_bytes() == data[:1024] + b"\1" * 8 + data[1032:]
+
+
+def test_an_image_that_is_cut_to_its_header_is_one_all_the_same(image: Path) -> None:
+    undo = image.with_name("undo")
+    os.truncate(image, 112)
+    data = image.read_bytes()
+    write(undo, summary(image, records=1), [record(0, 24, b"\1" * 8, data[24:32])])
+    qcow2bm.undo(image, undo)
+    assert image.read_bytes() == data[:24] + b"\1" * 8 + data[32:]
