@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from operator import attrgetter
 
 from ..errors import CorruptImageError
 from ..format.entries import (
@@ -28,7 +27,7 @@ from ..format.extensions import ExtensionType
 from ..format.header import Incompatible
 from ..format.limits import MAX_REFCOUNT_ORDER, MAX_SNAPSHOTS
 from ..format.snapshot_table import SnapshotEntry, parse_snapshots
-from .lost import Leaked
+from .lost import Leaked, counted_too_often
 from .view import View
 
 _FEW = 8
@@ -94,7 +93,7 @@ def leak_doubt(view: View, leaked: Leaked, plain: int, *, has_table: bool) -> st
         reason = f"one of {plain} such clusters, {used} being in use: more than a crash leaves"
     elif view.unseen:
         reason = "there are too many to see what each of them holds"
-    elif view.held_before(Leaked(sorted((*view.leaks, *view.overcounted), key=attrgetter("first")))):
+    elif view.held_before(counted_too_often(view)):
         reason = "the repair whose undo file stands beside the image held it back"
     return reason
 

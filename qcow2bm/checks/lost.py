@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import attrgetter
 
 from ..errors import CorruptImageError
 from ..format.bitmap_directory import FIXED_LENGTH, MAX_ENTRY_LENGTH, BitmapEntry, parse_entry
@@ -77,6 +78,11 @@ class Leaked:
     def within(self, first: int, stop: int) -> list[int]:
         """Those from `first` up to `stop`."""
         return [cluster for cluster in range(first, stop) if cluster in self]
+
+
+def counted_too_often(view: View) -> Leaked:
+    """All clusters with a refcount above the number of their references, those without any reference among them."""
+    return Leaked(sorted((*view.leaks, *view.overcounted), key=attrgetter("first")))
 
 
 def lost_directories(view: View, leaked: Leaked) -> Iterator[LostDirectory]:

@@ -29,6 +29,7 @@ class DiskRefcounts:
         self._image = image
         self._header = _header(image)
         self.cluster_size = self._header.geometry.cluster_size if self._header else 1 << MAX_CLUSTER_BITS
+        self._blocks = self._header.refcount_table_clusters * self.cluster_size // 8 if self._header else 0
         self.is_dirty = bool(self._header and self._header.incompatible_features & Incompatible.DIRTY)
 
     def clusters(self, start: int, stop: int) -> range:
@@ -52,9 +53,8 @@ class DiskRefcounts:
         if header is None:
             return
         per_block, order = header.geometry.refcounts_per_block, header.refcount_order
-        table = header.refcount_table_clusters * self.cluster_size // 8
         seen = {0}  # no block, and blocks that a damaged table may name any number of times
-        for index in range(start // per_block, min(-(-stop // per_block), table)):
+        for index in range(start // per_block, min(-(-stop // per_block), self._blocks)):
             block, first = self._block(index), index * per_block
             if block in seen or self._image.is_hole(block, self.cluster_size):
                 continue
@@ -67,7 +67,7 @@ class DiskRefcounts:
     def _block(self, index: int) -> int:
         """Offset of a refcount block; 0 if there is none, or none that can be."""
         header = self._header
-        if header is None or index >= header.refcount_table_clusters * self.cluster_size // 8:
+        if header is None or index >= self._blocks:
             return 0
         entry = self._image.read_padded(header.refcount_table_offset + 8 * index, 8)
         block = refcount_block_offset(int.from_bytes(entry, "big"))

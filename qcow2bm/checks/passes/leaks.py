@@ -17,7 +17,7 @@ from ...image.references import Reference
 from ..census import Mismatch
 from ..clusters import mismatch
 from ..doubts import has_wrong_pointers, header_doubt, leak_doubt
-from ..lost import Leaked, bitmap_places, holds_bitmap_table, lost_directories, lost_tables
+from ..lost import Leaked, bitmap_places, counted_too_often, holds_bitmap_table, lost_directories, lost_tables
 from ..model import Finding, Location
 from ..problems import found
 from ..view import View
@@ -63,8 +63,7 @@ def _misplaced(view: View) -> Iterator[Finding]:
     if not has_wrong_pointers(view) or not view.directory.attached:
         return
     uncounted, left = Leaked(view.uncounted), _OWNED
-    leaked = Leaked(sorted((*view.leaks, *view.overcounted), key=attrgetter("first")))
-    lost = cache(partial(holds_bitmap_table, view, leaked))
+    lost = cache(partial(holds_bitmap_table, view, counted_too_often(view)))
     tables = {bitmap.entry.bitmap_table_offset: bitmap for bitmap in view.bitmaps}
     for bitmap in tables.values():
         for reference in _doubtful(view, bitmap, lost):
